@@ -1,0 +1,1 @@
+"""Weights on disk: streamed safetensors, DeepSpeed shards, consolidation, verification, release."""

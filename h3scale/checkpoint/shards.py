@@ -1,0 +1,249 @@
+"""Hugging Face model folders on disk: read one tensor at a time, written whole or not at all.
+
+Nothing here needs a model in memory. Hash-checked commits of training checkpoints are another file's matter.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError
+from h3scale.log import progress
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, shape and dtype are known before its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel * self.dtype.itemsize
+
+
+class ModelFolder:
+    """A folder with config.json and safetensors weights. Tensors are read when they are asked for.
+
+    Raises MissingInputError (66) when the folder, its config or a shard is missing, DataError (65) when a file is
+    broken, UnsafeError (77) when the index points outside the folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise MissingInputError(f"{path}: no such model folder")
+        if not (self.path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in self.path.iterdir())[:6]) or "nothing"
+            raise MissingInputError(f"{path}: no config.json, so this is no model folder (found: {found})")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The file (a plain name inside the folder) of each tensor."""
+        if (self.path / INDEX).is_file():
+            weight_map: dict[str, str] = read_json(self.path / INDEX).get("weight_map", {})
+            for name, file in weight_map.items():
+                if Path(file).name != file:
+                    raise UnsafeError(f"{self.path / INDEX}: tensor '{name}' is said to be in '{file}', outside the folder")
+            missing = sorted({f for f in weight_map.values() if not (self.path / f).is_file()})
+            if missing:
+                raise MissingInputError([f"{self.path / file}: named in {INDEX}, but missing" for file in missing])
+            return weight_map
+        if not (self.path / WEIGHTS).is_file():
+            raise MissingInputError(f"{self.path}: neither {WEIGHTS} nor {INDEX} (only safetensors are read)")
+        with self._open(WEIGHTS) as handle:
+            return dict.fromkeys(handle.keys(), WEIGHTS)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor, from the headers alone."""
+        specs = {}
+        for file in sorted(set(self.files.values())):
+            with self._open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 (no mapping)
+                    piece = handle.get_slice(name)
+                    specs[name] = TensorSpec(name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+        absent = sorted(set(self.files) - set(specs))
+        if absent:
+            raise DataError([f"{self.path}: '{name}' is in the index but in no shard" for name in absent])
+        return specs
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The values of one tensor, on the CPU, in the file's dtype."""
+        if name not in self.files:
+            raise DataError(f"{self.path}: has no tensor '{name}'")
+        with self._open(self.files[name]) as handle:
+            return handle.get_tensor(name)
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            handle = safe_open(self.path / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{self.path / file}: not a readable safetensors file ({error})") from error
+        with handle as opened:
+            yield opened
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; MissingInputError (66) or DataError (65) with the path."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name only when the block ended well; built beside it and renamed.
+
+    Raises OutputError (73) at once when `path` exists and is not to be replaced (`force`), or cannot be made.
+    """
+    final = Path(path)
+    check_output(final, force)
+    partial = final.with_name(f".partial-{final.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{final}: cannot be made ({error.strerror})") from error
+    try:
+        yield partial
+        _sync(partial)
+        if final.exists():
+            old = final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
+            final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old)
+        else:
+            partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(path: str | Path, force: bool = False) -> None:
+    """Raises OutputError (73) when an output is there already; an empty folder counts as not there."""
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists already (choose another name, or --force to replace it)")
+
+
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    specs: Sequence[TensorSpec],
+    produce: Callable[[str], torch.Tensor],
+    what: str = "write",
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json and safetensors shards (with an index when more than one) into an existing folder.
+
+    `produce(name)` gives each tensor when its turn comes; at most one shard is in memory. Its shape and dtype must be
+    those of the spec (else DataError: a conversion that changes a shape in silence is the field's commonest bug).
+    """
+    shards = _plan_shards(specs, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    with progress(what, sum(s.num_bytes for s in specs) / 1e6, "MB") as bar:
+        for i, shard in enumerate(shards):
+            file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {}
+            for spec in shard:
+                tensor = produce(spec.name)
+                if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                    raise DataError(f"{spec.name}: planned {spec.shape} {spec.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+                tensors[spec.name] = tensor.contiguous()
+                bar.advance(spec.num_bytes / 1e6)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)}, "weight_map": weight_map}
+        write_json(folder / INDEX, index)
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON with sorted keys and a final newline, by atomic rename."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files; nothing when the source has none."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.num_bytes
+    return shards
+
+
+def _sync(folder: Path) -> None:
+    """fsync of every file and of the folder, so that the rename cannot come before the bytes."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Strict models for what people write: recipes (YAML) and DeepSpeed JSON. No torch here."""

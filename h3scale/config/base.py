@@ -1,0 +1,135 @@
+"""What all recipes share: strict models, YAML with `extends`, overrides, and findings that say what would work."""
+
+import difflib
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from h3scale.errors import ConfigError, MissingInputError
+
+
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Strict)
+
+
+def find(path: str | Path) -> Path:
+    """A file people named: as given from the current folder, else the shipped one of that name (recipes/, ds_configs/)."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    package = Path(str(files("h3scale")))
+    for root in (package / "shipped", package.parent):
+        shipped = root / given
+        if not given.is_absolute() and given.parts[:1] in (("recipes",), ("ds_configs",)) and shipped.is_file():
+            return shipped
+    raise MissingInputError(f"{path}: no such file")
+
+
+def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None = None) -> R:
+    """Reads a recipe, applies `key.sub=value` overrides (values are YAML), checks everything.
+
+    Raises ConfigError (78) with all findings, each `file: key: what is wrong (what would work)`.
+    """
+    values = load_yaml(find(path))
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_finding(str(path), schema, item) for item in error.errors()]) from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping. `extends: other.yaml` (relative to this file) gives the values this file does not set."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    base = path.parent / str(parent)
+    if not base.is_file():
+        raise MissingInputError(f"{path}: extends: {parent}: no such file")
+    return _merge(load_yaml(base), values)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice; plain YAML takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is written twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where 1e-3 without a dot is a string; people who write recipes mean a number.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{override}': an override is key=value, such as train.steps=100")
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"'{override}': {parent} is a value, not a section")
+    place[last] = yaml.load(text, Loader=_UniqueKeyLoader)
+
+
+def _finding(where: str, schema: type[BaseModel], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "dict[", "list[")))
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(schema, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"works: {', '.join(sorted(known))}"
+        return f"{where}: {key}: unknown key ({hint})"
+    if item["type"] == "missing":
+        return f"{where}: {key}: is required"
+    message = item["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(item["input"], dict) else f"{item['input']!r}: "
+    return f"{where}: {key}: {value}{message}" if key else f"{where}: {message}"
+
+
+def _fields_at(schema: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    current: type[BaseModel] = schema
+    for part in loc:
+        field = current.model_fields.get(str(part))
+        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if models:
+            current = models[0]
+    return list(current.model_fields)

@@ -1,0 +1,1 @@
+"""Records of one alignment each, from a line of JSON to a balanced, packed global batch."""

@@ -1,0 +1,1 @@
+"""Scores per alignment, routing, generation and the report people look at."""

@@ -1,0 +1,61 @@
+"""Which expert belongs to which alignment: written in the model's config, and read from there only."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from h3scale.errors import DataError
+
+CONFIG_KEY = "h3scale"
+
+
+@dataclass(frozen=True)
+class ExpertMap:
+    """`alignments`: the labels in order. `experts`: for each expert its alignment, or None for a general expert."""
+
+    alignments: tuple[str, ...]
+    experts: tuple[str | None, ...]
+
+    def __post_init__(self) -> None:
+        findings = [
+            f"expert {i}: unknown alignment '{a}'" for i, a in enumerate(self.experts) if a not in (*self.alignments, None)
+        ]
+        findings += [f"alignment '{a}' has no expert" for a in self.alignments if a not in self.experts]
+        if len(set(self.alignments)) != len(self.alignments):
+            findings.append(f"an alignment is named twice: {list(self.alignments)}")
+        if findings:
+            raise DataError(findings)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    @property
+    def labelled(self) -> list[int]:
+        """Ids of the experts that belong to an alignment, ascending."""
+        return [i for i, a in enumerate(self.experts) if a is not None]
+
+    def experts_of(self, alignment: str) -> list[int]:
+        """Ids of the experts of one alignment."""
+        return [i for i, a in enumerate(self.experts) if a == alignment]
+
+    def names(self) -> list[str]:
+        """A readable name an expert, unique: 'helpful', 'general', and 'helpful 2' for a second one."""
+        seen: dict[str, int] = {}
+        names = []
+        for alignment in self.experts:
+            name = alignment or "general"
+            seen[name] = seen.get(name, 0) + 1
+            names.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+        return names
+
+    def to_config(self) -> dict[str, Any]:
+        """The entry for config.json, under the key `h3scale`."""
+        return {"alignments": list(self.alignments), "experts": list(self.experts)}
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ExpertMap | None":
+        """Reads the map from a transformers config or a config.json dict; None for a model without one."""
+        entry = config.get(CONFIG_KEY) if isinstance(config, dict) else getattr(config, CONFIG_KEY, None)
+        if entry is None:
+            return None
+        return cls(tuple(entry["alignments"]), tuple(entry["experts"]))

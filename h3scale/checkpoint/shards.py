@@ -160,7 +160,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        if final.exists():
+        if _occupied(final):
             old = final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
             final.rename(old)
             partial.rename(final)
@@ -174,10 +174,12 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
 def check_output(path: str | Path, force: bool = False) -> None:
     """Raises OutputError (73) when an output is there already; an empty folder counts as not there."""
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    if path.exists() and not force:
+    if _occupied(path) and not force:
         raise OutputError(f"{path}: exists already (choose another name, or --force to replace it)")
+
+
+def _occupied(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
 
 
 def write_model(

@@ -1,0 +1,155 @@
+"""A folder fit for publication: the verified model, a model card that says what it is, and checksums."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from h3scale import __version__
+from h3scale.checkpoint.consolidate import GENERATION, write_sums
+from h3scale.checkpoint.shards import INDEX, ModelFolder, check_output, copy_tokenizer, new_folder, read_json, write_json
+from h3scale.checkpoint.verify import verify
+from h3scale.errors import ConfigError, DataError
+from h3scale.log import logger
+from h3scale.model import names
+from h3scale.model.experts import ExpertMap
+
+_LOCAL_KEYS = ("auto_map", "_name_or_path")  # remote code, and paths of the machine it was made on
+_PAPER = "2411.17792"
+
+
+def release(
+    model_folder: str | Path,
+    target: str | Path,
+    *,
+    license: str,
+    base_model: str | list[str] | None = None,
+    evaluation: Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Verifies a model and copies it to `target` with README.md (model card) and SHA256SUMS; nothing is uploaded.
+
+    `license`: an identifier the Hugging Face hub knows, such as apache-2.0. `evaluation`: the JSON of `h3scale evaluate`.
+    `auto_map` and local paths are dropped from the JSON files. Raises ConfigError (78) without a license, and what
+    verify raises.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license or ""):
+        raise ConfigError(f"license: '{license}' (works: an identifier such as apache-2.0, mit, llama2; it is required)")
+    check_output(target, force)
+    scores = _scores(evaluation)
+    for warning in verify(model_folder).warnings:
+        logger.warning("warning: %s", warning)
+    source = ModelFolder(model_folder)
+    with new_folder(target, force) as folder:
+        for file in sorted(set(source.files.values())):
+            shutil.copyfile(source.path / file, folder / file)
+        if (source.path / INDEX).is_file():
+            shutil.copyfile(source.path / INDEX, folder / INDEX)
+        copy_tokenizer(source.path, folder)
+        for file in ("config.json", GENERATION, "tokenizer_config.json"):
+            if (source.path / file).is_file():
+                values = read_json(source.path / file)
+                write_json(folder / file, {key: value for key, value in values.items() if key not in _LOCAL_KEYS})
+        card = model_card(source.config, Path(target).name, license, base_model, scores)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_sums(folder)
+    return Path(target)
+
+
+def model_card(
+    config: dict[str, Any], name: str, license: str, base_model: str | list[str] | None, scores: dict[str, Any] | None
+) -> str:
+    """The model card: metadata for the hub, then what the model is, how to load it, its experts and its scores."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    experts, is_moe = ExpertMap.from_config(config), config["model_type"] in names.MOE
+    data = ModelCardData(
+        license=license,
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*(["merge", "moe"] if is_moe else []), config["model_type"], "h3fusion"],
+    )
+    parts = [
+        f"# {name}",
+        _what(config, experts, base_model),
+        _usage(name),
+        _expert_table(experts),
+        _score_table(scores),
+        _SOURCE if is_moe else "",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+
+
+def _what(config: dict[str, Any], experts: ExpertMap | None, base_model: str | list[str] | None) -> str:
+    base = f" Base: {', '.join([base_model] if isinstance(base_model, str) else base_model)}." if base_model else ""
+    if experts is None:
+        return f"A {config['model_type']} model made with h3scale {__version__}.{base}"
+    return (
+        f"A mixture of experts that fuses models aligned to be {', '.join(experts.alignments)}: their feed-forward layers are "
+        f"its {experts.num_experts} experts, and a router, trained to know which alignment a text needs, picks "
+        f"{config.get('num_experts_per_tok')} of them for each token. Made with h3scale {__version__}.{base}"
+    )
+
+
+def _usage(name: str) -> str:
+    return f"""## How to load it
+
+Plain transformers, no remote code:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+`sha256sum -c SHA256SUMS` tells whether the files are as they were released."""
+
+
+def _expert_table(experts: ExpertMap | None) -> str:
+    if experts is None:
+        return ""
+    rows = [f"| {i} | {name} | {experts.experts[i] or 'none (general)'} |" for i, name in enumerate(experts.names())]
+    return "\n".join(["## Experts", "", "| expert | name | alignment |", "|---:|---|---|", *rows])
+
+
+def _score_table(scores: dict[str, Any] | None) -> str:
+    if scores is None:
+        return ""
+    accuracy = scores.get("router", {}).get("accuracy", {})
+    exact = {alignment: found["exact"] for alignment, found in scores.get("exact_match", {}).items()}
+    lines = [
+        "## Evaluation",
+        "",
+        "Held-out records. NLL: negative log-likelihood (nats) of a response token, lower is better, with a 95% bootstrap interval."
+        + (" Router accuracy: records whose alignment the router names rightly." if accuracy else "")
+        + (" Exact match: generated answers that are the expected ones word for word." if exact else ""),
+        "",
+        "| alignment | NLL | 95% interval | records |"
+        + (" router accuracy |" if accuracy else "")
+        + (" exact match |" if exact else ""),
+        "|---|---:|---:|---:|" + ("---:|" if accuracy else "") + ("---:|" if exact else ""),
+    ]
+    for alignment, score in scores["nll"].items():
+        interval = f"{score['low']:.3f} to {score['high']:.3f}" if {"low", "high"} <= score.keys() else ""
+        shares = "".join(f" {found[alignment]:.1%} |" if alignment in found else " |" for found in (accuracy, exact) if found)
+        lines.append(f"| {alignment} | {score['nll']:.3f} | {interval} | {score.get('records', '')} |{shares}")
+    return "\n".join(lines)
+
+
+def _scores(evaluation: Path | None) -> dict[str, Any] | None:
+    """The scores, checked before anything is copied: {"nll": {ALIGNMENT: {"nll": x}}, "router": {"accuracy": {...}}}."""
+    if evaluation is None:
+        return None
+    scores = read_json(Path(evaluation))
+    nll = scores.get("nll")
+    if not isinstance(nll, dict) or not all(isinstance(s, dict) and isinstance(s.get("nll"), int | float) for s in nll.values()):
+        raise DataError(f'{evaluation}: not the JSON of `h3scale evaluate` (works: {{"nll": {{ALIGNMENT: {{"nll": 1.23}}}}}})')
+    return scores
+
+
+_SOURCE = f"""## Method
+
+Fusion of aligned models as a mixture of experts, after H3Fusion
+([arXiv:{_PAPER}](https://arxiv.org/abs/{_PAPER})). Please cite it when you use this model."""

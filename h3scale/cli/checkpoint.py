@@ -1,0 +1,125 @@
+"""h3scale checkpoint: consolidate, verify, release."""
+
+import enum
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from h3scale.errors import UsageError
+
+app = typer.Typer(no_args_is_help=True, help="From sharded training checkpoints to a folder fit for publication.")
+
+
+class Dtype(enum.StrEnum):
+    """Number formats a model folder can have."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="A run folder (its newest step), a step, or a DeepSpeed tag folder.")]
+Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
+
+
+@app.command()
+def consolidate(
+    source: Source,
+    target: Target,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Number format of the weights.")] = Dtype.float32,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
+    config_from: Annotated[
+        Path | None, typer.Option("--config-from", help="Folder with config.json and tokenizer, for a bare DeepSpeed folder.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Turn a sharded training checkpoint into one Hugging Face folder (safetensors, hub layout, tokenizer).
+
+    Every tensor that the config asks for must be there exactly once, or nothing is written.
+
+    Example: h3scale checkpoint consolidate checkpoints/fused models/fused
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    import torch
+
+    from h3scale.checkpoint.consolidate import consolidate as write_whole
+
+    done = write_whole(
+        source,
+        target,
+        dtype=getattr(torch, dtype.value),
+        config_from=config_from,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+    )
+    step = "" if done.step is None else f", step {done.step}"
+    print(
+        f"{done.source}{step}: {done.num_tensors} tensors, {done.num_parameters:,} parameters of {done.world_size} ranks "
+        f"(ep_size {done.ep_size}), {done.num_bytes / 1e6:.1f} MB {dtype.value}, {done.duration_s:.1f} s"
+    )
+    against = "" if config_from and done.step is None else f" --against {source}"
+    print(f"model: {target}   next: h3scale checkpoint verify {target}{against}")
+
+
+@app.command()
+def verify(
+    model: Model,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="CKPT", help="The training checkpoint: weights and logits must be equal.")
+    ] = None,
+    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Read all of CKPT to check its own sha256.")] = True,
+) -> None:
+    """Check names, shapes, values, tokenizer and checksums of a model; with --against, that it is what was trained.
+
+    Example: h3scale checkpoint verify models/fused --against checkpoints/fused
+    """
+    from h3scale.checkpoint.verify import LOGIT_TOLERANCE
+    from h3scale.checkpoint.verify import verify as check
+    from h3scale.log import logger
+
+    report = check(model, against, hashes=hashes)
+    for warning in report.warnings:
+        logger.warning("warning: %s", warning)
+    print(f"names, shapes, values: {report.num_tensors} tensors, {report.num_parameters:,} parameters, {', '.join(report.dtypes)}")
+    print(f"checksums: {'none' if report.num_sums is None else f'{report.num_sums} files as they were written'}")
+    if report.num_equal_tensors is not None:
+        print(f"weights: {report.num_equal_tensors} of {report.num_tensors} tensors bit for bit those of {against}")
+    if report.max_abs_difference is not None:
+        print(f"logits: max abs difference {report.max_abs_difference:.1e} from the trained engine (limit {LOGIT_TOLERANCE})")
+    print(f"verified: {model}   next: h3scale checkpoint release {model} release --license LICENSE")
+
+
+@app.command()
+def release(
+    model: Model,
+    target: Target,
+    license: Annotated[str, typer.Option("--license", help="License identifier for the model card, such as apache-2.0.")] = "",
+    base_model: Annotated[
+        list[str] | None, typer.Option("--base-model", help="Model it was made from; may be given again.")
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option("--evaluation", help="JSON of h3scale evaluate, for the card.")] = None,
+    force: Force = False,
+) -> None:
+    """Make a folder fit for publication: verified weights, model card, SHA256SUMS. Nothing is uploaded.
+
+    Example: h3scale checkpoint release models/fused release --license apache-2.0 --evaluation evaluation/fused.json
+    """
+    from h3scale.checkpoint.release import release as write_release
+
+    write_release(model, target, license=license, base_model=base_model, evaluation=evaluation, force=force)
+    print(f"release: {target}   next: h3scale generate {target} 'your prompt'   (publish: hf upload NAME {target})")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '500MB' or '1000000'; UsageError (2) for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B?)", text.strip().upper())
+    num_bytes = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if num_bytes < 1:
+        raise UsageError(f"--max-shard-size: '{text}' (works: 5GB, 500MB, 1000000)")
+    return num_bytes

@@ -1,0 +1,92 @@
+"""h3scale data: the built-in records, the split, the tokenizer."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from h3scale.cli.train import Force, Overrides, RecipeArgument
+
+app = typer.Typer(no_args_is_help=True, help="Records and tokenizers.")
+
+
+@app.command()
+def builtin(
+    out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and heldout.jsonl.", show_default=False)],
+    force: Force = False,
+) -> None:
+    """Write the built-in 3H records: a small world of 1,000 words that a tiny model can learn.
+
+    Example: h3scale data builtin data
+    """
+    from importlib.resources import files
+
+    from h3scale.data.records import read_records
+
+    with _new(out, force) as folder:
+        for name in ("train", "heldout"):
+            (folder / f"{name}.jsonl").write_bytes(files("h3scale.data").joinpath(f"records_builtin/{name}.jsonl").read_bytes())
+    _say(out, {name: read_records([out / f"{name}.jsonl"]) for name in ("train", "heldout")})
+
+
+@app.command()
+def split(
+    source: Annotated[
+        Path, typer.Argument(help="Folder with one JSONL file an alignment, or one JSONL file.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and heldout.jsonl.", show_default=False)],
+    alignments: Annotated[str, typer.Option(help="Which alignments, in label order.")] = "helpful,harmless,honest",
+    heldout_share: Annotated[float, typer.Option(help="Share of the instructions that is held out.", min=0, max=1)] = 0.08,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    force: Force = False,
+) -> None:
+    """Split records into train and held-out by instruction, never by record: equal instructions stay together.
+
+    Example: h3scale data split my-records data
+    """
+    from h3scale.data.records import read_records, split_by_instruction, write_records
+
+    names = alignments.split(",")
+    paths = [source / f"{name}.jsonl" for name in names] if not source.is_file() else [source]
+    parts = split_by_instruction(read_records(paths, names), heldout_share, seed)
+    with _new(out, force) as folder:
+        for name, records in zip(("train", "heldout"), parts, strict=True):
+            write_records(folder / f"{name}.jsonl", records)
+    _say(out, dict(zip(("train", "heldout"), parts, strict=True)))
+
+
+@app.command()
+def tokenizer(recipe: RecipeArgument, overrides: Overrides = None, force: Force = False) -> None:
+    """Train a SentencePiece tokenizer on records; written as a Hugging Face fast tokenizer with a chat template.
+
+    Example: h3scale data tokenizer recipes/demo/tokenizer.yaml vocab_size=4000
+    """
+    from h3scale.config.base import load_recipe
+    from h3scale.config.recipe import TokenizerRecipe
+    from h3scale.data.records import read_records
+    from h3scale.data.tokenizer import save_tokenizer, train_tokenizer
+
+    settings = load_recipe(TokenizerRecipe, recipe, overrides or [])
+    records = read_records(settings.records)
+    with _new(Path(settings.out), force) as folder:
+        trained = train_tokenizer(records, settings.vocab_size, settings.character_coverage)
+        save_tokenizer(trained, folder)
+    print(f"{len(trained):,} tokens from {len(records):,} records")
+    print(f"result: {settings.out}")
+    print("next:   h3scale train recipes/demo/base.yaml")
+
+
+def _new(out: Path, force: bool):  # type: ignore[no-untyped-def]
+    from h3scale.checkpoint.shards import new_folder
+
+    return new_folder(out, force)
+
+
+def _say(out: Path, parts: dict) -> None:  # type: ignore[type-arg]
+    for name, records in parts.items():
+        counts: dict[str, int] = {}
+        for record in records:
+            counts[record.alignment] = counts.get(record.alignment, 0) + 1
+        print(f"{name}: {', '.join(f'{count:,} {alignment}' for alignment, count in counts.items())}")
+    print(f"result: {out}")
+    print("next:   h3scale data tokenizer recipes/demo/tokenizer.yaml")

@@ -1,0 +1,49 @@
+"""h3scale demo."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with helpful.jsonl, harmless.jsonl, honest.jsonl; without it, built-in records.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo-out"),
+    ranks: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything: proves the way, not the numbers.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out where an earlier demo stopped.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Delete --out first.")] = False,
+) -> None:
+    """The whole way on this machine: data, base, three aligned models, fusion, training, release, report.
+
+    Every step is an ordinary command that is printed before it runs, so the demo is also the tutorial.
+
+    Example: h3scale demo --out demo-out
+    """
+    import shutil
+
+    from h3scale.errors import ConfigError, OutputError, UsageError
+    from h3scale.study.demo import ALIGNMENTS, Demo
+    from h3scale.study.results import show
+    from h3scale.study.steps import Runner
+
+    if data and quick:
+        raise UsageError("--quick uses the built-in records (works: --quick, or --data DIR)")
+    if data:
+        missing = [f"{data / f'{name}.jsonl'}: no such file" for name in ALIGNMENTS if not (data / f"{name}.jsonl").is_file()]
+        if missing:
+            from h3scale.errors import MissingInputError
+
+            raise MissingInputError(missing)
+    if 4 % ranks and ranks % 4:
+        raise ConfigError(f"--ranks: {ranks} processes cannot share four experts (works: 1, 2, 4, 8, ...)")
+    if out.exists() and any(out.iterdir()) and not resume:
+        if not force:
+            raise OutputError(f"{out}: exists already (--resume to go on there, --force to delete it first, --out for another)")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(out.resolve())
+    runner.run(Demo(data, ranks, quick).steps())
+    show(out, runner.console)

@@ -1,0 +1,79 @@
+"""The recipe of `h3scale fuse`: a base, aligned models, and how the router starts."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from h3scale.config.base import Strict
+
+
+class RouterStart(Strict):
+    """How the router is started before any training, and from which records."""
+
+    init: Literal["ridge", "logistic", "prompt_mean", "random"] = Field(
+        "ridge",
+        description="ridge: closed form, one pass, memory independent of the number of tokens, so it is the default. "
+        "logistic: a little better a token, but keeps every hidden state (tokens x layers x hidden_size x 4 bytes). "
+        "prompt_mean: what mergekit does, centred. random: N(0, initializer_range), what upcycling does.",
+    )
+    records: list[str] = Field([], description="JSONL files of the records that the router is fitted on; none for random.")
+    records_per_alignment: int = Field(
+        128,
+        ge=2,
+        description="Records taken of each alignment, a quarter of them for the scale. More tokens than a few times "
+        "hidden_size change the fit little.",
+    )
+    heldout_records: list[str] = Field(
+        [],
+        description="JSONL files to report the router's accuracy on; without them, the records that only set the scale "
+        "are taken (or, for random, nothing is measured).",
+    )
+    max_tokens_per_record: int = Field(
+        512, ge=2, description="Longer records are cut here: an alignment shows early, and attention costs are quadratic."
+    )
+    ridge: float = Field(
+        1e-2,
+        gt=0,
+        description="Relative to the mean eigenvalue of the weighted Gram matrix of the hidden states, so that it means "
+        "the same at every size: 1e-2 damps the directions that carry less than a hundredth of the mean variance.",
+    )
+    seed: int = Field(0, ge=0, description="Of the choice of records and of the random start.")
+
+    @model_validator(mode="after")
+    def _has_records(self) -> "RouterStart":
+        if self.init != "random" and not self.records:
+            raise ValueError(f"init: {self.init} needs records: [FILE.jsonl, ...] (works without: random)")
+        return self
+
+
+class FuseRecipe(Strict):
+    """One base and its aligned models become one mixture of experts."""
+
+    base: str = Field(description="Folder of the base model.")
+    models: dict[str, str] = Field(
+        description="alignment: folder of a dense model or of a PEFT LoRA adapter of the base. The order written here is "
+        "the order of labels and of experts."
+    )
+    out: str = Field(description="Folder that is made.")
+    shared: Literal["base", "average"] = Field(
+        "base",
+        description="Where attention, norms and embeddings come from. base is exact for models whose attention was frozen "
+        "(an expert alone then equals its aligned model); average (of the aligned models) is for models tuned as a whole.",
+    )
+    general_experts: int = Field(
+        1,
+        ge=0,
+        description="Experts after the aligned ones that are the base's FFN. One keeps what the base knows, and makes "
+        "3 alignments 4 experts, which expert parallelism can divide.",
+    )
+    top_k: int = Field(2, ge=1, description="Experts a token; 2 lets the router be unsure without losing either answer.")
+    router: RouterStart
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "FuseRecipe":
+        if len(self.models) < 2:
+            raise ValueError(f"models: {len(self.models)} given (works: two or more alignments, each alignment: folder)")
+        num_experts = len(self.models) + self.general_experts
+        if self.top_k > num_experts:
+            raise ValueError(f"top_k: {self.top_k} of {num_experts} experts (works: 1 to {num_experts})")
+        return self

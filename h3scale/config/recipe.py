@@ -1,0 +1,128 @@
+"""Recipes: what people write to say what a run shall be. Sparse YAML; DeepSpeed's own knobs live in ds_configs/."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from h3scale.config.base import Strict
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+TRAINABLE = ("all", "experts", "router", "ffn", "attention", "norms", "embeddings")
+
+
+class Architecture(Strict):
+    """Sizes of a dense Llama that starts from random weights; the vocabulary is the tokenizer's."""
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    initializer_range: float = 0.02
+
+
+class Data(Strict):
+    """Which records, and how they become global batches.
+
+    `sequence_length`: tokens a row; records are packed into rows and cannot see each other.
+    `rows_per_batch`: rows of one optimizer step over all ranks, so it does not change with the cluster.
+    `balance`: `tokens` gives every alignment equally many tokens in a batch (the router sees all types equally often),
+    `records` equally many records, `none` takes the records as they come.
+    `targets`: `response` trains on answers, `text` on prompts too (a base).
+    """
+
+    records: list[str] = Field(min_length=1)
+    sequence_length: Positive = 256
+    rows_per_batch: Positive = 16
+    balance: Literal["tokens", "records", "none"] = "tokens"
+    targets: Literal["response", "text"] = "response"
+
+
+class Optimizer(Strict):
+    """AdamW with warm-up, then the schedule down to `final_share` of the learning rate."""
+
+    learning_rate: float = Field(gt=0)
+    router_learning_rate: float | None = Field(default=None, gt=0)  # the router is small and starts far: it may need more
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NotNegative = 0.0
+    warmup_share: Share = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_share: Share = 0.1
+    clip_norm: float = Field(default=1.0, gt=0)
+
+
+class RouterLoss(Strict):
+    """The gating loss: negative log-probability of the record's alignment, per layer, times `loss_weight`.
+
+    `vote`: the tokens that count. `both` is the default: at inference the router has to be right from the first token on.
+    """
+
+    loss_weight: NotNegative = 0.1
+    vote: Literal["prompt", "response", "both"] = "both"
+
+
+class Drift(Strict):
+    """Holds experts near where they started: gamma times the squared relative distance, averaged over the layers.
+
+    `gamma` for all experts, `gammas` for some by alignment (`general` for the general experts).
+    """
+
+    gamma: NotNegative = 0.0
+    gammas: dict[str, NotNegative] = {}
+
+
+class TrainRecipe(Strict):
+    """One training run: a base from random weights, one alignment (`alignment` set), or a fused model."""
+
+    model: str | None = None  # a model folder; None with init: random
+    init: Literal["model", "random"] = "model"
+    architecture: Architecture | None = None  # with init: random
+    tokenizer: str | None = None  # with init: random
+    out: str
+    seed: int = 0
+    alignment: str | None = None
+    data: Data
+    steps: Positive
+    rows_per_micro_batch: Positive = 4
+    trainable: list[Literal["all", "experts", "router", "ffn", "attention", "norms", "embeddings"]] = Field(min_length=1)
+    optimizer: Optimizer
+    router: RouterLoss = RouterLoss()
+    drift: Drift = Drift()
+    deepspeed: str
+    ep_size: Positive = 1
+    ranks: Positive = 1  # processes that `h3scale train` starts on this machine; a launcher's own count wins
+
+    @model_validator(mode="after")
+    def _start(self) -> Self:
+        if self.init == "random" and (self.architecture is None or self.tokenizer is None):
+            raise ValueError("init: random needs `architecture` and `tokenizer`")
+        if self.init == "random" and self.model is not None:
+            raise ValueError("init: random and `model` exclude each other (works: one of them)")
+        if self.init == "model" and self.model is None:
+            raise ValueError("`model` is required (a model folder), or init: random")
+        return self
+
+    @model_validator(mode="after")
+    def _batch(self) -> Self:
+        if self.data.rows_per_batch % self.rows_per_micro_batch:
+            rows = self.data.rows_per_batch
+            works = [str(d) for d in range(1, rows + 1) if rows % d == 0]
+            raise ValueError(
+                f"rows_per_micro_batch: {self.rows_per_micro_batch} does not divide data.rows_per_batch = {rows} "
+                f"(works: {', '.join(works)})"
+            )
+        return self
+
+
+class TokenizerRecipe(Strict):
+    """A SentencePiece tokenizer trained on records and written as a Hugging Face fast tokenizer with a chat template."""
+
+    records: list[str] = Field(min_length=1)
+    vocab_size: Positive
+    character_coverage: Share = 0.9995
+    out: str

@@ -1,0 +1,195 @@
+"""How well a model knows the answers: negative log-likelihood per response token of each alignment, with intervals.
+
+Shape suffixes: B rows, S tokens a row, V vocabulary, N records of one alignment, R bootstrap resamples.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from h3scale.data.encode import IGNORE, Batch, Encoded, collate, encode_records, num_targets
+from h3scale.data.packing import pack
+from h3scale.data.records import Record
+from h3scale.errors import DataError
+from h3scale.log import progress
+
+RESAMPLES = 2000
+SEED = 0
+ROW_TOKENS = 256  # short records share rows of this many tokens; a longer record makes all rows longer
+BATCH_TOKENS = 4096
+BATCH_LOGITS = 2**27  # tokens x vocabulary of one forward, at most (512 MiB in fp32)
+
+Observer = Callable[[Sequence[Tensor], Batch], None]
+Route = Callable[[Batch], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class RecordScore:
+    """`nll_sum` nats over `tokens` response tokens of one record."""
+
+    id: str
+    alignment: str
+    nll_sum: float
+    tokens: int
+    source: str = ""
+
+
+@dataclass
+class Scores:
+    """One entry a record, in the records' order; records of which no response token fits the model are left out.
+
+    `kept`: the index of each entry's record. `notes`: what was cut or left out, for people.
+    """
+
+    records: list[RecordScore]
+    kept: list[int]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% percentile bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def score(model: Any, tokenizer: Any, records: Sequence[Record]) -> Scores:
+    """Scores of all records; see `score_encoded`."""
+    return score_encoded(model, encode_records(tokenizer, records))
+
+
+def score_encoded(
+    model: Any,
+    encoded: Sequence[Encoded],
+    *,
+    observe: Observer | None = None,
+    route: Route | None = None,
+    alignments: Sequence[str] = (),
+    what: str = "score",
+) -> Scores:
+    """Summed response NLL of each record, several records packed into a row without seeing each other.
+
+    The forward is in the model's dtype, the log-softmax in fp32, sums in fp64. The same call on the same machine gives
+    the same bits. `observe(router_logits, batch)` sees every batch of an MoE; `route(batch)` is entered around its
+    forward. `alignments` numbers the batches' `alignment_ids`.
+    """
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+    lengths = [min(len(item.input_ids), limit) for item in encoded]
+    length = min(limit, max([ROW_TOKENS, *lengths]))
+    rows = pack(lengths, length)
+    rows_per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // length)
+    nll_sums = torch.zeros(len(encoded), dtype=torch.float64)
+    with progress(what, sum(lengths), "tokens") as bar, torch.inference_mode():
+        for first in range(0, len(rows), rows_per_batch):
+            chosen = rows[first : first + rows_per_batch]
+            batch = collate(chosen, encoded, alignments, length, pad_id=0)
+            with route(batch) if route else nullcontext():
+                _add_batch(model, batch, nll_sums, observe)
+            bar.advance(sum(lengths[index] for row in chosen for index in row))
+    return _collect(encoded, nll_sums, limit)
+
+
+def _add_batch(model: Any, batch: Batch, nll_sums: Tensor, observe: Observer | None) -> None:
+    device = next(model.parameters()).device
+    routed = {"output_router_logits": True} if observe else {}
+    output = model(input_ids=batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False, **routed)
+    asked_BS = batch.targets != IGNORE
+    logits_TV = output.logits[asked_BS.to(device)].float()
+    nll_T = F.cross_entropy(logits_TV, batch.targets[asked_BS].to(device), reduction="none")
+    nll_sums.index_add_(0, batch.record_ids[asked_BS], nll_T.double().cpu())
+    if observe:
+        observe([logits_TE.cpu() for logits_TE in output.router_logits], batch)
+
+
+def _collect(encoded: Sequence[Encoded], nll_sums: Tensor, limit: int) -> Scores:
+    scores = Scores([], [])
+    cut = 0
+    for index, (item, nll_sum) in enumerate(zip(encoded, nll_sums.tolist(), strict=True)):
+        cut += len(item.input_ids) > limit
+        tokens = num_targets(item, limit, prompts_too=False)
+        if tokens:
+            record = item.record
+            scores.records.append(RecordScore(record.id, record.alignment, nll_sum, tokens, record.source))
+            scores.kept.append(index)
+    left_out = len(encoded) - len(scores.kept)
+    if cut:
+        scores.notes.append(f"{cut} of {len(encoded)} records were cut to the model's {limit} tokens")
+    if left_out:
+        scores.notes.append(f"{left_out} records were left out: no response token fits")
+    return scores
+
+
+def by_alignment(scores: Sequence[RecordScore]) -> dict[str, list[RecordScore]]:
+    """The scores of each alignment, in order of first appearance."""
+    groups: dict[str, list[RecordScore]] = {}
+    for item in scores:
+        groups.setdefault(item.alignment, []).append(item)
+    return groups
+
+
+def summarise(scores: Sequence[RecordScore]) -> dict[str, dict[str, float | int]]:
+    """For each alignment nll (nats per response token), low, high, records, tokens."""
+    table: dict[str, dict[str, float | int]] = {}
+    for alignment, group in by_alignment(scores).items():
+        tokens = np.array([item.tokens for item in group], np.float64)
+        interval = bootstrap(np.array([item.nll_sum for item in group]), tokens)
+        table[alignment] = {
+            "nll": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "records": len(group),
+            "tokens": int(tokens.sum()),
+        }
+    return table
+
+
+def bootstrap(sums_N: np.ndarray, tokens_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """sum(sums) / sum(tokens) with a 95% percentile interval; records are resampled, not tokens."""
+    return _interval(sums_N.sum() / tokens_N.sum(), _resampled_ratios(sums_N, tokens_N, resamples, seed))
+
+
+def paired_difference(a: Sequence[RecordScore], b: Sequence[RecordScore], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
+    """NLL per token of `a` minus that of `b` on the same records, mean over their alignments; below 0, `a` is better.
+
+    Both models see the same resample, so what is hard for both cancels. Raises DataError (65) when the two were not
+    scored on the same records with as many tokens each.
+    """
+    if [(item.id, item.tokens) for item in a] != [(item.id, item.tokens) for item in b]:
+        raise DataError("paired difference: the two models were not scored on the same records and tokens")
+    groups_a, groups_b = by_alignment(a), by_alignment(b)
+    means, ratios = [], []
+    for number, (alignment, group) in enumerate(groups_a.items()):
+        tokens_N = np.array([item.tokens for item in group], np.float64)
+        pairs = zip(group, groups_b[alignment], strict=True)
+        sums_N = np.array([one.nll_sum - other.nll_sum for one, other in pairs])
+        means.append(sums_N.sum() / tokens_N.sum())
+        ratios.append(_resampled_ratios(sums_N, tokens_N, resamples, seed + number))
+    return _interval(np.mean(means), np.mean(ratios, axis=0))
+
+
+def _resampled_ratios(sums_N: np.ndarray, tokens_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    count = len(sums_N)
+    ratios_R = np.empty(resamples)
+    step = max(1, 2_000_000 // count)  # bounds the memory of one draw
+    for first in range(0, resamples, step):
+        drawn = rng.integers(count, size=(min(step, resamples - first), count))
+        ratios_R[first : first + step] = sums_N[drawn].sum(1) / tokens_N[drawn].sum(1)
+    return ratios_R
+
+
+def _interval(mean: float, ratios_R: np.ndarray) -> Interval:
+    low, high = np.quantile(ratios_R, [0.025, 0.975])
+    return Interval(float(mean), float(low), float(high))

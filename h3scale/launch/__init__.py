@@ -1,0 +1,1 @@
+"""Starting processes: the ranks of one machine here, clusters in slurm/."""

@@ -1,0 +1,80 @@
+"""The ranks of one machine: started together, ended together, with their exit code kept.
+
+`deepspeed` leaves its ranks running after a SIGTERM, `torchrun` turns every exit code into 1; users of one machine need
+neither, but both launchers work as well (the environment they set is all that a rank needs).
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+GRACE_S = 20  # how long ranks may take to end after a signal before they are killed
+
+
+def run_ranks(command: list[str], ranks: int) -> int:
+    """Runs `command` as `ranks` processes with RANK, WORLD_SIZE, ... set; gives the first exit code that is not 0.
+
+    SIGTERM and SIGINT go on to every rank. When one rank fails the others are ended.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes = []
+    for rank in range(ranks):
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(subprocess.Popen(command, env=environment))
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while all(process.poll() is None for process in processes) or _running_fine(processes):
+            time.sleep(0.05)
+    finally:
+        _end(processes)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    codes = [process.returncode for process in processes]
+    own = [code for code in codes if code > 0]  # a rank ended by us has a negative code
+    return own[0] if own else (70 if any(codes) else 0)
+
+
+def rank_command(module: str, arguments: list[str]) -> list[str]:
+    """This Python running a module."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _running_fine(processes: list[subprocess.Popen[bytes]]) -> bool:
+    codes = [process.poll() for process in processes]
+    return None in codes and not any(codes)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

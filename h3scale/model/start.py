@@ -1,0 +1,71 @@
+"""The model a training run starts from: a folder, or a dense Llama with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from h3scale.config.recipe import Architecture
+from h3scale.errors import DataError
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder; no hub, no remote code. Raises DataError (65) when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A causal language model of a folder, on the CPU, in `dtype`; no hub, no remote code.
+
+    Raises DataError (65) when weights are missing or left over: transformers itself fills gaps with random numbers.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars are per tensor and print on every rank
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    findings = [f"{folder}: '{name}' is missing" for name in sorted(info["missing_keys"])]
+    findings += [f"{folder}: '{name}' does not belong to the model" for name in sorted(info["unexpected_keys"])]
+    findings += [f"{folder}: '{item[0]}' has another shape than the config says" for item in info["mismatched_keys"]]
+    if findings:
+        raise DataError(findings)
+    return model
+
+
+def random_llama(sizes: Architecture, tokenizer: Any, seed: int, max_length: int) -> nn.Module:
+    """A dense Llama of these sizes with random weights; the same for the same seed. Its vocabulary is the tokenizer's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **sizes.model_dump(exclude={"rope_theta", "num_key_value_heads"}),
+        num_key_value_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+        vocab_size=len(tokenizer),
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def check_tokenizer(model: nn.Module, tokenizer: Any, where: str) -> None:
+    """Raises DataError (65) when the tokenizer has ids that the model has no embedding for."""
+    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}: they do not belong together"
+        )

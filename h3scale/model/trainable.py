@@ -1,0 +1,47 @@
+"""What is trained and what is frozen, by group names that mean the same in dense and mixture-of-experts models."""
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from h3scale.errors import ConfigError
+
+# By the name of a parameter in transformers' modules. The first group that matches has the parameter.
+GROUPS = {
+    "router": r"\.mlp\.gate\.",
+    "experts": r"\.mlp\.experts\.",
+    "ffn": r"\.mlp\.",
+    "attention": r"\.self_attn\.",
+    "norms": r"norm",
+    "embeddings": r"embed_tokens|lm_head",
+}
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter; 'other' when no pattern fits."""
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), "other")
+
+
+def freeze(model: nn.Module, trainable: Sequence[str]) -> dict[str, int]:
+    """Sets requires_grad of every parameter; gives the number of trained elements of each group.
+
+    `ffn` in a mixture of experts means its experts, so one recipe serves both. Raises ConfigError (78) for a group
+    that the model does not have.
+    """
+    counts: dict[str, int] = {}
+    present = {group_of(name) for name, _ in model.named_parameters()}
+    wanted = set(trainable)
+    if "ffn" in wanted and "experts" in present:
+        wanted = wanted - {"ffn"} | {"experts"}
+    absent = sorted(wanted - present - {"all"})
+    if absent:
+        raise ConfigError(
+            [f"trainable: '{group}': the model has none (works: all, {', '.join(sorted(present))})" for group in absent]
+        )
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        parameter.requires_grad_("all" in wanted or group in wanted)
+        if parameter.requires_grad:
+            counts[group] = counts.get(group, 0) + parameter.numel()
+    return counts

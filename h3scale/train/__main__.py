@@ -1,0 +1,64 @@
+"""One rank of a training run: `python -m h3scale.train RECIPE [key=value ...]`, started by any launcher."""
+
+import os
+import sys
+import time
+import traceback
+
+from h3scale import log
+from h3scale.config.base import load_recipe
+from h3scale.config.recipe import TrainRecipe
+from h3scale.errors import H3Error, UsageError
+
+USAGE = "usage: python -m h3scale.train RECIPE [key=value ...] [--force] [--debug]"
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code of the rank; errors for people as one line a finding, printed by one rank."""
+    log.setup()
+    # the deepspeed launcher adds --local_rank=N; LOCAL_RANK says the same
+    words = [a for a in arguments if not a.startswith("--local_rank")]
+    options = {a for a in words if a.startswith("--")}
+    try:
+        given = [a for a in words if not a.startswith("--")]
+        if not given or options - {"--force", "--debug"}:
+            raise UsageError(USAGE)
+        recipe = load_recipe(TrainRecipe, given[0], given[1:])
+        from h3scale.train.loop import train
+
+        out = train(recipe, given[0], force="--force" in options)
+    except H3Error as error:
+        if log.RANK:
+            time.sleep(3)  # rank 0 says the same; this rank speaks only if rank 0 is still alive then
+        if "--debug" in options:
+            raise
+        for finding in error.findings:
+            print(f"error: {finding}", file=sys.stderr)
+        return error.exit_code
+    except Exception:  # our bug: the traceback, and the exit code that says so
+        traceback.print_exc()
+        return 70
+    finally:
+        _leave()
+    if log.RANK == 0:
+        print(f"result: {out}")
+        if (out / "manifest.json").is_file():
+            print(f"next:   h3scale checkpoint consolidate {out} models/NAME")
+        else:
+            print(f"next:   h3scale evaluate {out} --records FILE.jsonl --out FILE.json")
+    return 0
+
+
+def _leave() -> None:
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # DeepSpeed's exit handlers take seconds and print; everything is on disk by now

@@ -1,0 +1,145 @@
+"""The only door to deepspeed.initialize."""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from h3scale.config.deepspeed import complete, read_deepspeed
+from h3scale.config.recipe import TrainRecipe
+from h3scale.errors import ConfigError
+from h3scale.log import logger
+from h3scale.model.experts import ExpertMap
+from h3scale.model.families import AUTOEP_PRESETS
+from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
+from h3scale.model.trainable import freeze, group_of
+
+
+@dataclass
+class Run:
+    """An initialised engine and what belongs to it. `expert_map` is None for a dense model."""
+
+    engine: Any
+    tokenizer: Any
+    config: Any
+    expert_map: ExpertMap | None
+    rank: int
+    world_size: int
+    micro_batches: int
+    zero_stage: int
+
+    @property
+    def moe_type(self) -> str:
+        return str(self.config.model_type)
+
+
+def start(recipe: TrainRecipe, where: str) -> Run:
+    """Loads or makes the model, freezes what the recipe does not train, and hands it to DeepSpeed.
+
+    Every rank calls this. `where` names the recipe in findings. Raises what loading and the configs raise, before
+    DeepSpeed is initialised where possible.
+    """
+    _one_core_a_rank()
+    _quiet()
+    import deepspeed
+
+    # DeepSpeed would compile a C++ extension for shared-memory collectives at the first CPU run (minutes, and a
+    # compiler on the machine); gloo was as fast on the sizes a CPU trains.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    values = read_deepspeed(recipe.deepspeed)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)  # type: ignore[arg-type]
+    model = _model(recipe, tokenizer)
+    check_tokenizer(model, tokenizer, where)
+    config = model.config
+    expert_map = ExpertMap.from_config(config)
+    moe = None
+    if getattr(config, "num_local_experts", None):
+        if expert_map is None:
+            raise ConfigError(
+                f"{where}: model: {recipe.model} has experts, but its config names no alignments (h3scale fuse writes them)"
+            )
+        moe = (AUTOEP_PRESETS[config.model_type], expert_map.num_experts)
+    ds_config = complete(values, recipe, where, world_size, moe)
+    counts = freeze(model, recipe.trainable)
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)
+    )
+    total = sum(counts.values())
+    logger.info("trained: %s", ", ".join(f"{group} {count:,}" for group, count in counts.items()) + f" ({total:,} parameters)")
+    return Run(
+        engine=engine,
+        tokenizer=tokenizer,
+        config=config,
+        expert_map=expert_map,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        micro_batches=ds_config["gradient_accumulation_steps"],
+        zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+    )
+
+
+def _one_core_a_rank() -> None:
+    """On a CPU, ranks of one machine share its cores; the deepspeed launcher leaves every rank all of them."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+
+
+def _quiet() -> None:
+    """Spares people what they can do nothing about: DeepSpeed's greetings and torch's renamed collectives."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _model(recipe: TrainRecipe, tokenizer: Any) -> torch.nn.Module:
+    if recipe.init == "random":
+        assert recipe.architecture is not None
+        return random_llama(recipe.architecture, tokenizer, recipe.seed, recipe.data.sequence_length)
+    assert recipe.model is not None
+    return load_model(Path(recipe.model))
+
+
+def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Parameter groups: matrices with weight decay, vectors without, the router with its own learning rate.
+
+    The optimizer itself is put into `ds_config`: DeepSpeed must build it after AutoEP has replaced the experts.
+    """
+    optimizer = recipe.optimizer
+    ds_config["optimizer"] = {
+        "type": "AdamW",
+        "params": {
+            "lr": optimizer.learning_rate,
+            "betas": list(optimizer.betas),
+            "weight_decay": optimizer.weight_decay,
+            "torch_adam": not torch.cuda.is_available(),
+        },
+    }
+    groups: dict[tuple[str, float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        router = group_of(name) == "router"
+        rate = optimizer.router_learning_rate if router and optimizer.router_learning_rate else optimizer.learning_rate
+        decay = 0.0 if router or parameter.ndim < 2 else optimizer.weight_decay
+        kind = "router" if router else "matrices" if decay else "others"
+        groups.setdefault((kind, rate, decay), []).append(parameter)
+    # DeepSpeed splits groups into dense and expert ones and needs their names for it
+    return [
+        {"params": params, "name": name, "lr": rate, "weight_decay": decay, "peak_lr": rate}
+        for (name, rate, decay), params in groups.items()
+    ]
+
+
+def set_learning_rate(engine: Any, share: float) -> None:
+    """Sets every group's learning rate to `share` of its peak."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share

@@ -1,0 +1,142 @@
+"""The training loop: from a recipe to a committed checkpoint. Every rank runs this."""
+
+import random
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from h3scale.checkpoint.shards import check_output
+from h3scale.config.recipe import TrainRecipe
+from h3scale.data.encode import Batch, encode_records
+from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
+from h3scale.data.records import read_records
+from h3scale.errors import DataError
+from h3scale.log import logger, progress
+from h3scale.model.router import membership_AE
+from h3scale.train.anchor import DriftAnchor
+from h3scale.train.engine import Run, set_learning_rate, start
+from h3scale.train.loss import Counts, compute_losses
+from h3scale.train.metrics import Metrics
+from h3scale.train.save import save_checkpoint, save_dense
+from h3scale.train.schedule import learning_rate_share
+
+
+def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
+    """Runs the recipe and gives the folder of the result.
+
+    A run that shards weights (ZeRO-3, or experts) leaves a training checkpoint `out/step-K` for `checkpoint consolidate`;
+    a dense run without sharding leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`.
+    """
+    out = Path(recipe.out)
+    check_output(out, force)
+    seed_everything(recipe.seed)
+    run = start(recipe, where)
+    loader = make_loader(recipe, run)
+    run_folder = out if run.zero_stage == 3 else out.with_name(f".run-{out.name}")
+    if run.rank == 0:
+        _fresh(run_folder)
+    torch.distributed.barrier()
+    metrics = Metrics(run_folder / "metrics.jsonl", loader.alignments, run.engine.device)
+    anchor = DriftAnchor(run.engine, recipe.drift, run.expert_map, run.moe_type) if run.expert_map else None
+    steps_of_run(recipe, run, loader, metrics, anchor)
+    if run.zero_stage == 3:
+        return save_checkpoint(run, recipe, loader, run_folder / f"step-{recipe.steps:06d}")
+    return save_dense(run, recipe, run_folder, out, force)
+
+
+def steps_of_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Metrics, anchor: DriftAnchor | None) -> None:
+    """All optimizer steps of the recipe."""
+    tokens_per_step = recipe.data.rows_per_batch * recipe.data.sequence_length
+    run.engine.train()
+    with progress("train", recipe.steps * tokens_per_step, "tokens") as bar:
+        for step, batch in enumerate(islice(loader.batches(), recipe.steps)):
+            share = learning_rate_share(step, recipe.steps, recipe.optimizer)
+            set_learning_rate(run.engine, share)
+            counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
+            one_step(recipe, run, loader, batch, counts, metrics, anchor)
+            extra = {"lr": recipe.optimizer.learning_rate * share}
+            line = metrics.close_step(step + 1, counts.targets, counts.votes, loader.tokens_in(batch), extra)
+            bar.advance(tokens_per_step, _note(line))
+
+
+def one_step(
+    recipe: TrainRecipe,
+    run: Run,
+    loader: TypedLoader,
+    batch: GlobalBatch,
+    counts: Counts,
+    metrics: Metrics,
+    anchor: DriftAnchor | None,
+) -> None:
+    """This rank's micro-batches of one global batch, and the optimizer step at the end of them."""
+    engine = run.engine
+    member_AE = membership_AE(run.expert_map, engine.device) if run.expert_map else None
+    parts = run.world_size * run.micro_batches
+    for rows in rows_of_rank(batch, run.rank, run.world_size, recipe.rows_per_micro_batch):
+        tensors = _to(loader.batch(rows, run.tokenizer.pad_token_id or 0), engine.device)
+        losses = compute_losses(engine, tensors, counts, recipe.router, loader.alignments, member_AE, parts)
+        engine.backward(losses.total)  # LM + router
+        metrics.add(losses.sums)
+        if anchor and anchor.active and engine.is_gradient_accumulation_boundary():
+            metrics.add({"drift": anchor.local_sum()})
+            anchor.add_gradient()  # on this rank's shard
+        engine.step()
+
+
+def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
+    """The typed loader of a run: label order is the model's, or the order in which the records name alignments."""
+    records = read_records(recipe.data.records, [recipe.alignment] if recipe.alignment else None)
+    if not records:
+        raise DataError(f"data.records: {', '.join(recipe.data.records)}: no records")
+    if recipe.alignment:
+        alignments = [recipe.alignment]
+    elif run.expert_map:
+        alignments = list(run.expert_map.alignments)
+        unknown = sorted({record.alignment for record in records} - set(alignments))
+        if unknown:
+            known = ", ".join(alignments)
+            raise DataError([f"data.records: alignment '{name}' is none of the model's ({known})" for name in unknown])
+    else:
+        alignments = list(dict.fromkeys(record.alignment for record in records))
+    loader = TypedLoader(
+        encode_records(run.tokenizer, records),
+        alignments,
+        seed=recipe.seed,
+        rows_per_batch=recipe.data.rows_per_batch,
+        length=recipe.data.sequence_length,
+        balance=recipe.data.balance,
+        prompts_too=recipe.data.targets == "text",
+    )
+    length = recipe.data.sequence_length
+    if loader.num_unusable:
+        logger.warning("%d records left out: their prompt fills sequence_length = %d", loader.num_unusable, length)
+    if loader.num_cut:
+        logger.warning("%d records cut at sequence_length = %d tokens", loader.num_cut, length)
+    return loader
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on every rank: nothing drawn here may differ between ranks."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _fresh(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
+
+
+def _note(line: dict[str, Any]) -> str:
+    parts = [f"{name} {line[name]:.3f}" for name in ("lm", "router", "drift") if name in line]
+    accuracy = [value for name, value in line.items() if name.startswith("router_accuracy/")]
+    return "  ".join(parts + ([f"right experts {min(accuracy):.0%}+"] if accuracy else []))

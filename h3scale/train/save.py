@@ -1,0 +1,122 @@
+"""What a training run leaves behind: a dense model folder, or a sharded checkpoint that is complete or not there."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from h3scale import __version__
+from h3scale.checkpoint.shards import TensorSpec, new_folder, write_json, write_model
+from h3scale.config.recipe import TrainRecipe
+from h3scale.data.loader import TypedLoader
+from h3scale.data.tokenizer import save_tokenizer
+from h3scale.errors import StorageError
+from h3scale.train.engine import Run
+
+PROBE_TOKENS = 64
+
+
+def save_dense(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, force: bool) -> Path:
+    """Writes a dense, unsharded model as a Hugging Face folder, with the run's metrics.jsonl; rank 0 only."""
+    if run.rank == 0:
+        tensors = {name: tensor.detach().cpu() for name, tensor in run.engine.module.state_dict().items()}
+        if run.config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+        with new_folder(out, force) as folder:
+            write_model(folder, _config(run), specs, tensors.__getitem__, what="save")
+            _save_extras(run, recipe, folder)
+            (run_folder / "metrics.jsonl").rename(folder / "metrics.jsonl")
+            run_folder.rmdir()
+    dist.barrier()
+    return out
+
+
+def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, out: Path) -> Path:
+    """Writes a sharded checkpoint: all ranks into a partial folder, hashes, manifest, then one rename by rank 0.
+
+    Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `probe.safetensors` (a fixed input and
+    the engine's logits on it, to prove a later conversion), `manifest.json` (sizes and sha256 of all files).
+    """
+    partial = out.with_name(f".partial-{out.name}")
+    probe = _probe(run, loader)
+    if run.rank == 0:
+        (partial / "model").mkdir(parents=True)
+    dist.barrier()
+    # DeepSpeed's own `latest` may name a torn checkpoint; ours appears by the rename below or not at all.
+    run.engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
+    if run.rank == 0:
+        write_json(partial / "model" / "config.json", _config(run))
+        _save_extras(run, recipe, partial / "model")
+        save_file(probe, partial / "probe.safetensors")
+        # a copy of a script that refuses these very files
+        (partial / "deepspeed" / "zero_to_fp32.py").unlink(missing_ok=True)
+    dist.barrier()
+    _commit(run, recipe, partial, out)
+    return out
+
+
+def _commit(run: Run, recipe: TrainRecipe, partial: Path, out: Path) -> None:
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    mine = {str(path.relative_to(partial)): _hash(path) for path in files[run.rank :: run.world_size]}
+    gathered: list[Any] = [None] * run.world_size
+    dist.all_gather_object(gathered, mine)
+    if run.rank == 0:
+        hashes = {name: entry for part in gathered for name, entry in part.items()}
+        write_json(
+            partial / "manifest.json",
+            {
+                "h3scale": __version__,
+                "step": recipe.steps,
+                "world_size": run.world_size,
+                "ep_size": recipe.ep_size,
+                "zero_stage": run.zero_stage,
+                "files": hashes,
+            },
+        )
+        partial.rename(out)
+    dist.barrier()
+
+
+def _hash(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from error
+
+
+@torch.no_grad()
+def _probe(run: Run, loader: TypedLoader) -> dict[str, torch.Tensor]:
+    """A fixed input (the first records) and the engine's logits on it. Every rank runs it: experts are spread."""
+    ids = [token for item in loader.encoded[:PROBE_TOKENS] for token in item.input_ids][:PROBE_TOKENS]
+    input_ids = torch.tensor([ids], device=run.engine.device)
+    position_ids = torch.arange(len(ids), device=run.engine.device)[None]
+    run.engine.eval()
+    output = run.engine(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    run.engine.train()
+    return {
+        "input_ids": input_ids.cpu(),
+        "position_ids": position_ids.cpu(),
+        "logits": output.logits.float().cpu().contiguous(),
+    }
+
+
+def _config(run: Run) -> dict[str, Any]:
+    config = run.config.to_dict()
+    config["dtype"] = "float32"
+    config.pop("transformers_version", None)
+    config.pop("_name_or_path", None)
+    config["use_cache"] = True
+    config["output_router_logits"] = False
+    return {key: value for key, value in config.items() if value is not None or key in ("sliding_window", "bos_token_id")}
+
+
+def _save_extras(run: Run, recipe: TrainRecipe, folder: Path) -> None:
+    save_tokenizer(run.tokenizer, folder)
+    generation = {"eos_token_id": run.tokenizer.eos_token_id, "pad_token_id": run.tokenizer.pad_token_id, "do_sample": False}
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))

@@ -1,0 +1,1 @@
+"""Tests. A package, so that `from tests.tiny import ...` means this folder."""

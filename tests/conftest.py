@@ -1,0 +1,21 @@
+"""What all tests share: quiet libraries, one thread a process, the real 3H data when it is beside the checkout."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real 3H records; tests that want it are skipped where it is not there."""
+    folder = ROOT.parent / "shared" / "data" / "3h"
+    if not folder.is_dir():
+        pytest.skip("the real 3H records (../shared/data/3h) are not beside this checkout")
+    return folder

@@ -1,0 +1,260 @@
+"""verify finds what is wrong with a model folder (law 10), and says nothing about a sound one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from checkpoint.conftest import save_tokenizer
+from h3scale.checkpoint import verify as room
+from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
+from h3scale.checkpoint.shards import INDEX, read_json
+from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
+from h3scale.cli.checkpoint import app
+from h3scale.errors import DataError, MissingInputError, UnsafeError
+
+EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
+
+
+@pytest.fixture
+def pair(shard, tmp_path):
+    """A consolidated folder and the checkpoint it is from."""
+    checkpoint = shard(world_size=2, ep_size=2)
+    consolidate(checkpoint, tmp_path / "out")
+    return tmp_path / "out", checkpoint
+
+
+def _change(folder, edit, sums="none"):
+    """Edits the weights in place; the sums are removed (`none`), kept as they were (`old`) or made anew (`new`)."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _sums(folder, sums)
+
+
+def _sums(folder, sums):
+    if sums == "new":
+        write_sums(folder)
+    elif sums == "none":
+        (folder / SUMS).unlink(missing_ok=True)
+
+
+def _edit_json(path, **values):
+    path.write_text(json.dumps(read_json(path) | values))
+
+
+def _findings(folder, against=None):
+    with pytest.raises(DataError) as caught:
+        verify(folder, against)
+    return caught.value.findings
+
+
+def _swap(tensors, layer=0, one=0, other=1):
+    for part in ("w1", "w2", "w3"):
+        a, b = EXPERT.format(layer, one, part), EXPERT.format(layer, other, part)
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def test_a_sound_model_passes_with_its_numbers(pair, weights):
+    report = verify(*pair)
+    assert report.findings == report.warnings == []
+    assert report.num_tensors == report.num_equal_tensors == len(weights)
+    assert report.num_parameters == sum(values.numel() for values in weights.values())
+    assert report.num_sums == len(list(pair[0].iterdir())) - 1
+    assert report.max_abs_difference <= LOGIT_TOLERANCE
+    json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_one_flipped_bit_is_found_by_the_sums(pair, file):
+    path = pair[0] / file
+    values = bytearray(path.read_bytes())
+    values[-200] ^= 1
+    path.write_bytes(values)
+    assert any(finding.startswith(f"{path}: sha256 differs") for finding in _findings(pair[0]))
+
+
+def test_one_flipped_bit_is_found_without_sums_by_the_checkpoint(pair):
+    path = pair[0] / "model.safetensors"
+    values = bytearray(path.read_bytes())
+    values[-200] ^= 1
+    path.write_bytes(values)
+    _sums(pair[0], "none")
+    verify(pair[0])  # alone it cannot be seen
+    (finding,) = _findings(*pair)
+    assert "is not what" in finding
+
+
+def test_two_swapped_experts_are_found_by_the_sums(pair):
+    _change(pair[0], _swap, sums="old")
+    assert "model.safetensors: sha256 differs" in _findings(pair[0])[0]
+
+
+def test_two_swapped_experts_are_found_by_the_checkpoint_and_named(pair):
+    _change(pair[0], _swap)
+    named = [finding for finding in _findings(*pair) if "is not what" in finding]
+    assert len(named) == 6
+    assert all("layers.0.block_sparse_moe.experts" in finding for finding in named)
+
+
+def test_two_swapped_experts_are_found_by_the_logits_alone(pair, monkeypatch):
+    _change(pair[0], _swap)
+    monkeypatch.setattr(room, "_check_weights", lambda *arguments: None)
+    (finding,) = _findings(*pair)
+    assert "logits differ from the trained engine's by" in finding
+
+
+def test_a_nan_in_the_logits_of_the_probe_is_found(pair):
+    tensors = load_file(pair[1] / "probe.safetensors")
+    tensors["logits"][0, 3, 5] = float("nan")
+    save_file(tensors, pair[1] / "probe.safetensors")
+    with pytest.raises(DataError, match="logits differ"):
+        verify(*pair, hashes=False)
+
+
+def test_a_missing_shard_is_found(shard, tmp_path):
+    consolidate(shard(), tmp_path / "out", max_shard_bytes=20_000)
+    gone = sorted((tmp_path / "out").glob("*.safetensors"))[1]
+    gone.unlink()
+    assert any(f"{gone}: in {SUMS}, but missing" in finding for finding in _findings(tmp_path / "out"))
+    _sums(tmp_path / "out", "none")
+    assert any(f"{gone}: named in {INDEX}, but missing" in finding for finding in _findings(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_found(pair, value):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    _change(pair[0], lambda tensors: tensors[name].view(-1).__setitem__(7, value))
+    assert _findings(pair[0]) == [f"{pair[0]}: {name} has 1 values that are NaN or infinite"]
+
+
+def test_missing_unknown_and_misshapen_tensors_are_found_at_once(pair):
+    def edit(tensors):
+        del tensors[EXPERT.format(1, 3, "w2")]
+        tensors["extra"] = torch.zeros(2)
+        tensors["model.norm.weight"] = torch.zeros(15)
+
+    _change(pair[0], edit)
+    assert _findings(pair[0]) == [
+        f"{pair[0]}: {EXPERT.format(1, 3, 'w2')} (16, 20) is missing",
+        f"{pair[0]}: extra (2,) is in no such model",
+        f"{pair[0]}: model.norm.weight is (15,), config.json asks for (16,)",
+    ]
+
+
+def test_identical_experts_are_a_warning(pair):
+    def edit(tensors):
+        for part in ("w1", "w2", "w3"):
+            tensors[EXPERT.format(1, 2, part)] = tensors[EXPERT.format(1, 0, part)].clone()
+        tensors[EXPERT.format(0, 2, "w1")] = tensors[EXPERT.format(0, 0, "w1")].clone()  # one part alone is no twin
+
+    _change(pair[0], edit)
+    assert verify(pair[0]).warnings == [f"{pair[0]}: layer 1: experts 0 and 2 have identical weights"]
+
+
+def test_a_tokenizer_with_too_many_words_is_found(pair):
+    save_tokenizer(pair[0], more=("one-too-many",))
+    _sums(pair[0], "none")
+    assert "the tokenizer has 34 tokens (largest id 33), the model 33 rows" in _findings(pair[0])[0]
+
+
+def test_a_tokenizer_that_was_not_trained_with_is_found(pair):
+    tokenizer = read_json(pair[0] / "tokenizer.json")
+    tokenizer["model"]["vocab"].update(w0=4, w1=3)  # of the right size, two words exchanged
+    (pair[0] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    _sums(pair[0], "none")
+    verify(pair[0])
+    assert "tokenizer.json: is not the file that the model was trained with" in _findings(*pair)[0]
+
+
+def test_a_broken_tokenizer_is_found(pair):
+    (pair[0] / "tokenizer.json").write_text("{}")
+    _sums(pair[0], "none")
+    assert "transformers cannot load the tokenizer" in _findings(pair[0])[0]
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_special_token_outside_the_vocabulary_is_found(pair, file):
+    _edit_json(pair[0] / file, eos_token_id=[2, 33])
+    _sums(pair[0], "none")
+    assert _findings(pair[0]) == [f"{pair[0] / file}: eos_token_id: 33 is outside the vocabulary of 33"]
+
+
+def test_a_model_without_tokenizer_and_with_remote_code_is_warned_of(pair):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (pair[0] / name).unlink()
+    _edit_json(pair[0] / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
+    _sums(pair[0], "none")
+    warnings = verify(pair[0]).warnings
+    assert any("has no tokenizer" in warning for warning in warnings)
+    assert any("auto_map" in warning for warning in warnings)
+
+
+def test_another_order_of_the_alignments_is_found(pair):
+    experts = read_json(pair[0] / "config.json")["h3scale"]
+    _edit_json(pair[0] / "config.json", h3scale=experts | {"alignments": experts["alignments"][::-1]})
+    _sums(pair[0], "none")
+    assert "config.json: h3scale:" in _findings(*pair)[0]
+
+
+def test_a_checkpoint_that_changed_since_it_was_saved_is_found(pair):
+    path = pair[1] / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    values = bytearray(path.read_bytes())
+    values[len(values) // 2] ^= 1
+    path.write_bytes(values)
+    assert f"{path}: sha256 differs from manifest.json" in _findings(*pair)[0]
+
+
+def test_a_rounded_model_passes_by_its_weights_and_tells_the_difference(pair, tmp_path):
+    consolidate(pair[1], tmp_path / "rounded", dtype=torch.bfloat16)
+    report = verify(tmp_path / "rounded", pair[1])
+    assert report.num_equal_tensors == report.num_tensors
+    assert report.max_abs_difference > LOGIT_TOLERANCE
+    assert "expected, since" in report.warnings[0]
+
+
+def test_a_file_that_the_sums_do_not_know_is_a_warning_and_a_path_outside_is_a_finding(pair):
+    (pair[0] / "notes.txt").write_text("x")
+    assert verify(pair[0]).warnings == [f"{pair[0] / 'notes.txt'}: is not in {SUMS}"]
+    with (pair[0] / SUMS).open("a") as file:
+        file.write(f"{'0' * 64}  ../secret\n")
+    assert "not a line of sha256sum" in _findings(pair[0])[0]
+
+
+def test_an_index_that_leaves_the_folder_is_refused_for_safety(pair):
+    (pair[0] / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(UnsafeError):
+        verify(pair[0])
+
+
+def test_a_folder_or_checkpoint_that_is_not_there_is_missing_input(pair, tmp_path):
+    with pytest.raises(MissingInputError):
+        verify(tmp_path / "nowhere")
+    with pytest.raises(MissingInputError):
+        verify(pair[0], tmp_path / "nowhere")
+
+
+def test_a_run_without_probe_is_compared_by_its_weights(pair):
+    (pair[1] / "probe.safetensors").unlink()
+    manifest = read_json(pair[1] / "manifest.json")
+    del manifest["files"]["probe.safetensors"]
+    (pair[1] / "manifest.json").write_text(json.dumps(manifest))
+    report = verify(*pair)
+    assert report.max_abs_difference is None
+    assert report.num_equal_tensors == report.num_tensors
+    assert "no probe.safetensors" in report.warnings[0]
+
+
+def test_the_command_says_what_was_checked_and_what_comes_next(pair):
+    done = CliRunner().invoke(app, ["verify", str(pair[0]), "--against", str(pair[1])])
+    assert done.exit_code == 0, done.output
+    assert "logits: max abs difference" in done.output
+    assert done.output.strip().splitlines()[-1].startswith(f"verified: {pair[0]}   next: h3scale checkpoint release")
+
+
+def test_a_copied_folder_is_still_verified(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "elsewhere")
+    assert verify(tmp_path / "elsewhere").findings == []

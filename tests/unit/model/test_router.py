@@ -1,0 +1,130 @@
+"""Law 5: what the router loss rewards, what it leaves alone, and who votes."""
+
+import math
+
+import pytest
+import torch
+
+from h3scale.model.accuracy import record_log_probs, share_correct
+from h3scale.model.experts import ExpertMap
+from h3scale.model.router import alignment_log_probs, expert_weights, membership_AE, router_loss_sum
+
+TWO = ExpertMap(("a", "b"), ("a", "b"))
+THREE = ExpertMap(("a", "b", "c"), ("a", "b", "c", None))
+PAIRS = ExpertMap(("a", "b"), ("b", "a", None, "a", "b"))
+UNEVEN = ExpertMap(("a", "b"), ("a", None, "a", "b"))
+FIVE = ExpertMap(tuple("abcde"), (*"edcba", None, None))
+MAPS = [TWO, THREE, PAIRS, FIVE]
+
+
+def random_logits(expert_map, num_tokens=7, num_layers=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_layers, num_tokens, expert_map.num_experts)
+    return list(2 * torch.randn(shape, generator=generator))
+
+
+def labels_for(expert_map, num_tokens=7):
+    return torch.arange(num_tokens) % len(expert_map.alignments)
+
+
+@pytest.mark.parametrize("expert_map", [*MAPS, UNEVEN])
+def test_log_probs_are_a_softmax_over_the_labelled_experts_summed_by_alignment(expert_map):
+    logits_TE = random_logits(expert_map)[0]
+    for logits_E, found_A in zip(logits_TE, alignment_log_probs(logits_TE, membership_AE(expert_map)), strict=True):
+        scores = [math.exp(value) for value in logits_E.tolist()]
+        total = sum(scores[i] for i in expert_map.labelled)
+        wanted = [math.log(sum(scores[i] for i in expert_map.experts_of(a)) / total) for a in expert_map.alignments]
+        assert found_A.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("expert_map", MAPS)
+def test_perfect_routing_costs_nothing(expert_map):
+    labels_T = labels_for(expert_map)
+    perfect_TE = 80.0 * membership_AE(expert_map)[labels_T].float()
+    loss = router_loss_sum([perfect_TE] * 2, labels_T, torch.ones(7, dtype=torch.bool), membership_AE(expert_map))
+    assert 0 <= loss.item() < 1e-6
+
+
+@pytest.mark.parametrize("expert_map", MAPS)
+def test_uniform_routing_costs_the_log_of_the_number_of_alignments(expert_map):
+    uniform_TE = torch.full((7, expert_map.num_experts), 0.3)
+    votes_T = torch.ones(7, dtype=torch.bool)
+    loss = router_loss_sum([uniform_TE] * 2, labels_for(expert_map), votes_T, membership_AE(expert_map))
+    assert loss.item() / 7 == pytest.approx(math.log(len(expert_map.alignments)), abs=1e-6)
+
+
+def test_a_layer_that_errs_is_not_made_good_by_another():
+    labels_T = torch.zeros(1, dtype=torch.long)
+    right, wrong = torch.tensor([[20.0, 0.0]]), torch.tensor([[0.0, 20.0]])
+    votes_T = torch.ones(1, dtype=torch.bool)
+    loss = router_loss_sum([right, wrong], labels_T, votes_T, membership_AE(TWO))
+    assert loss.item() == pytest.approx(10.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("expert_map", [THREE, PAIRS, UNEVEN, FIVE])
+def test_general_experts_are_neither_rewarded_nor_pushed_away(expert_map):
+    logits = [logits_TE.requires_grad_() for logits_TE in random_logits(expert_map)]
+    labels_T, votes_T = labels_for(expert_map), torch.ones(7, dtype=torch.bool)
+    loss = router_loss_sum(logits, labels_T, votes_T, membership_AE(expert_map))
+    loss.backward()
+    general = [i for i in range(expert_map.num_experts) if i not in expert_map.labelled]
+    for logits_TE in logits:
+        assert logits_TE.grad[:, general].abs().max() == 0
+        assert logits_TE.grad[:, expert_map.labelled].abs().min() > 0
+    moved = [logits_TE.detach().clone() for logits_TE in logits]
+    for logits_TE in moved:
+        logits_TE[:, general] += 30
+    assert router_loss_sum(moved, labels_T, votes_T, membership_AE(expert_map)).item() == loss.item()
+
+
+def test_padding_never_votes():
+    member_AE, labels_T = membership_AE(THREE), labels_for(THREE)
+    votes_T = torch.tensor([True, True, False, True, False, False, True])
+    logits = [logits_TE.requires_grad_() for logits_TE in random_logits(THREE)]
+    loss = router_loss_sum(logits, labels_T, votes_T, member_AE)
+    loss.backward()
+    for logits_TE in logits:
+        assert logits_TE.grad[~votes_T].abs().max() == 0
+    kept = [logits_TE.detach()[votes_T] for logits_TE in logits]
+    alone = router_loss_sum(kept, labels_T[votes_T], torch.ones(4, dtype=torch.bool), member_AE)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
+
+
+def test_padding_may_carry_any_label_and_any_logit():
+    member_AE, labels_T = membership_AE(THREE), labels_for(THREE)
+    logits, votes_T = random_logits(THREE), torch.ones(7, dtype=torch.bool)
+    wanted = router_loss_sum(logits, labels_T, votes_T, member_AE)
+    padded = [torch.cat([logits_TE, torch.full((5, 4), 1e4)]) for logits_TE in logits]
+    labels_T = torch.cat([labels_T, torch.full((5,), -1)])
+    votes_T = torch.cat([votes_T, torch.zeros(5, dtype=torch.bool)])
+    assert router_loss_sum(padded, labels_T, votes_T, member_AE).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_half_precision_logits_are_scored_in_fp32():
+    logits_TE = random_logits(THREE)[0].to(torch.bfloat16)
+    found = alignment_log_probs(logits_TE, membership_AE(THREE))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, alignment_log_probs(logits_TE.float(), membership_AE(THREE)), rtol=0, atol=0)
+
+
+def test_record_log_probs_are_summed_over_layers_and_response_tokens_of_each_record():
+    logits, member_AE = random_logits(THREE), membership_AE(THREE)
+    record_ids_T = torch.tensor([1, 1, 1, 0, 0, -1, -1])
+    response_T = torch.tensor([False, True, True, False, True, False, False])
+    found_RA = record_log_probs(logits, record_ids_T, response_T, member_AE, num_records=3)
+    wanted_RA = torch.zeros(3, 3)
+    for logits_TE in logits:
+        for token, record in ((1, 1), (2, 1), (4, 0)):
+            wanted_RA[record] += alignment_log_probs(logits_TE[token], member_AE)
+    torch.testing.assert_close(found_RA, wanted_RA)
+    assert found_RA[2].tolist() == [0, 0, 0]
+
+
+def test_share_correct_counts_each_alignment_by_itself():
+    log_probs_RA = torch.tensor([[0.0, -1, -2], [-1, 0, -2], [-3, 0, -2], [-1, 0, -2]])
+    assert share_correct(log_probs_RA, torch.tensor([0, 0, 1, -1]), 3) == [0.5, 1.0, None]
+
+
+def test_oracle_weights_are_shared_by_the_experts_of_an_alignment():
+    assert expert_weights(PAIRS, "a").tolist() == [0, 0.5, 0, 0.5, 0]
+    assert expert_weights(THREE, "c").tolist() == [0, 0, 1, 0]

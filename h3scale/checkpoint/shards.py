@@ -208,6 +208,7 @@ def write_model(
                 tensors[spec.name] = tensor.contiguous()
                 bar.advance(spec.num_bytes / 1e6)
             save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o666 & ~_umask())  # safetensors writes 0600, and colleagues are to read it
             weight_map.update(dict.fromkeys(tensors, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)}, "weight_map": weight_map}
@@ -216,9 +217,9 @@ def write_model(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with sorted keys and a final newline, by atomic rename."""
+    """JSON with a final newline, keys in the order given, by atomic rename."""
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -239,6 +240,12 @@ def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list
         shards[-1].append(spec)
         size += spec.num_bytes
     return shards
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _sync(folder: Path) -> None:

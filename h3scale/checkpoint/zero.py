@@ -99,9 +99,13 @@ class ZeroCheckpoint:
         self._optim_states = [_load(path) for path in self._files["optim"]]
         self._check_world()
         self.entries: dict[str, Entry] = {}
-        for rank in range(self.world_size):
-            self._add_rank(rank)
-        self._add_buffers()
+        try:
+            for rank in range(self.world_size):
+                self._add_rank(rank)
+            self._add_buffers()
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            version = self._model_states[0].get("ds_version")
+            raise DataError(f"{self.folder}: not laid out as deepspeed 0.19 does ({error!r}); written by {version}") from error
         findings = [f"{self.folder}: {name}: lacks {lost}" for name, entry in self.entries.items() for lost in entry.missing()]
         if findings:
             raise DataError(findings)

@@ -31,9 +31,7 @@ def builtin(
 
 @app.command()
 def split(
-    source: Annotated[
-        Path, typer.Argument(help="Folder with one JSONL file an alignment, or one JSONL file.", show_default=False)
-    ],
+    source: Annotated[Path, typer.Argument(help="Folder with one JSONL file an alignment, or one JSONL file.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and heldout.jsonl.", show_default=False)],
     alignments: Annotated[str, typer.Option(help="Which alignments, in label order.")] = "helpful,harmless,honest",
     heldout_share: Annotated[float, typer.Option(help="Share of the instructions that is held out.", min=0, max=1)] = 0.08,
@@ -76,13 +74,13 @@ def tokenizer(recipe: RecipeArgument, overrides: Overrides = None, force: Force 
     print("next:   h3scale train recipes/demo/base.yaml")
 
 
-def _new(out: Path, force: bool):  # type: ignore[no-untyped-def]
+def _new(out: Path, force: bool):
     from h3scale.checkpoint.shards import new_folder
 
     return new_folder(out, force)
 
 
-def _say(out: Path, parts: dict) -> None:  # type: ignore[type-arg]
+def _say(out: Path, parts: dict) -> None:
     for name, records in parts.items():
         counts: dict[str, int] = {}
         for record in records:

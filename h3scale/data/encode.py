@@ -57,10 +57,19 @@ def render_prompt(tokenizer: Any, prompt: str) -> str:
 def encode_records(tokenizer: Any, records: Sequence[Record]) -> list[Encoded]:
     """Token ids of all records, in order. The template renders prompt and response, tokens are told apart by position.
 
-    Raises DataError (65) when the tokenizer has no chat template, or one whose conversation does not begin with its prompt.
+    Raises DataError (65) when the tokenizer has no chat template, or one whose conversation does not begin with its prompt,
+    and for records whose text holds the tokenizer's special tokens.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
+    forged = [
+        f"record {record.id}: its text has the special token '{token}', which would end or begin a turn"
+        for record in records
+        for token in tokenizer.all_special_tokens
+        if token in record.prompt or token in record.response
+    ]
+    if forged:
+        raise DataError(forged[:20])
     prompts = [render_prompt(tokenizer, record.prompt) for record in records]
     texts = []
     for record, prompt in zip(records, prompts, strict=True):

@@ -76,13 +76,13 @@ def _lines(record: Record) -> list[str]:
 
 
 def _fast(processor: Any) -> Any:
-    """SentencePiece's pieces and scores in the tokenizers library; Metaspace is SentencePiece's treatment of blanks."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    """SentencePiece's pieces and scores in the tokenizers library; blanks are treated as SentencePiece does."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     scores = [processor.get_score(i) for i in range(len(pieces))]
     tokenizer = Tokenizer(models.Unigram(list(zip(pieces, scores, strict=True)), unk_id=0, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

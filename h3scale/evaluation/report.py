@@ -12,7 +12,6 @@ from h3scale.evaluation.report_page import render_page
 from h3scale.evaluation.report_plots import draw
 
 KNOWN_ALIGNMENTS = ("helpful", "harmless", "honest")
-KNOWN_MODELS = ("base", *KNOWN_ALIGNMENTS, "mixture", "fused_init", "fused")  # the order in tables
 
 Line = dict[str, float]
 
@@ -30,10 +29,11 @@ class Findings:
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
-        """NLL by model and alignment, known models first, the main one last."""
+        """NLL by model and alignment: base, aligned models, others by name, the main one last."""
         models = self.results.get("models", {})
-        order = [name for name in KNOWN_MODELS if name in models] + sorted(set(models) - set(KNOWN_MODELS))
-        return {name: models[name] for name in [n for n in order if n != self.main] + [self.main] if name in models}
+        order = dict.fromkeys(("base", *self.alignments, "mixture", *sorted(models)))
+        last = [name for name in ("fused_init", self.main) if name in models]
+        return {name: models[name] for name in [*(n for n in order if n in models and n not in last), *last]}
 
     @property
     def evaluation(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _training(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     return section(
         "How it learned",
         "Figures of the training steps themselves, from each run's metrics.",
-        figures(pictures, "lm_loss", "router_loss", "drift", "dense_losses"),
+        figures(pictures, "lm_loss", "router_loss", "drift", "base_loss", "aligned_losses"),
     )
 
 

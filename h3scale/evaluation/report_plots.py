@@ -11,30 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from h3scale.evaluation.report_colours import DARK, GENERAL, INK, MUTED, PAPER, RULE, colour_of, css_name
+
 if TYPE_CHECKING:
     from h3scale.evaluation.report import Findings, Line
 
-INK, MUTED, RULE, PAPER = "#1b2330", "#667085", "#e3e6eb", "#ffffff"
-GENERAL = "#98a1b0"
-ACCENTS = {"helpful": "#2f6fd6", "harmless": "#d4622a", "honest": "#1a9a72"}
-PALETTE = ("#8f5bd0", "#bd8f12", "#c9437c", "#2a9bb8", "#6b8e23", "#7a5c4a")  # for further alignments
-DARK = {
-    INK: "#e8ebf0",
-    MUTED: "#98a2b3",
-    RULE: "#2c333f",
-    PAPER: "#171b22",
-    GENERAL: "#7d8797",
-    ACCENTS["helpful"]: "#6aa1f5",
-    ACCENTS["harmless"]: "#f08a55",
-    ACCENTS["honest"]: "#43c79b",
-    **dict(zip(PALETTE, ("#b58cf0", "#e0b840", "#ee77a8", "#5cc6e0", "#a5c956", "#b89580"), strict=True)),
-}
 POINTS = 150  # a longer run is shown as means of so many stretches
 
 STYLE = {
@@ -73,19 +61,6 @@ class Picture:
     svg: str
 
 
-def colour_of(alignment: str | None, alignments: Sequence[str]) -> str:
-    """The accent colour of an alignment; grey for a general expert."""
-    if alignment is None:
-        return GENERAL
-    others = [a for a in alignments if a not in ACCENTS]
-    return ACCENTS.get(alignment) or PALETTE[others.index(alignment) % len(PALETTE) if alignment in others else 0]
-
-
-def css_name(colour: str) -> str:
-    """The CSS variable of a colour of the light theme."""
-    return f"--c{colour.removeprefix('#')}"
-
-
 def draw(findings: Findings, folder: Path) -> dict[str, Picture]:
     """All pictures that the findings allow, by name; their PNGs are written into `folder`."""
     makers = (_losses, _routing, _accuracy_steps, _layers, _load, _table)
@@ -93,7 +68,10 @@ def draw(findings: Findings, folder: Path) -> dict[str, Picture]:
     with mpl.rc_context(STYLE):
         for maker in makers:
             for name, title, note, figure in maker(findings):
+                heading = figure.suptitle(fill(title, 48), x=0.01, ha="left", fontsize=11, fontweight="bold")
                 figure.savefig(folder / f"{name}.png", dpi=200, bbox_inches="tight", pad_inches=0.15)
+                heading.remove()  # in the page the title is text
+                figure._suptitle = None  # type: ignore[attr-defined]
                 pictures[name] = Picture(name, title, note, _svg(name, figure))
     return pictures
 
@@ -104,20 +82,26 @@ Made = Iterator[tuple[str, str, str, Figure]]
 def _losses(findings: Findings) -> Made:
     lines = findings.runs.get(findings.main, [])
     curves = {a: _curve(lines, f"lm/{a}") for a in findings.alignments}
-    if not any(x for x, _ in curves.values()):
+    if not any(steps for steps, _ in curves.values()):
         curves = {"all records": _curve(lines, "lm")}
-    if any(len(x) > 1 for x, _ in curves.values()):
+    curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
+    if curves:
         with _axes("step", "nats per response token") as (figure, axes):
             _lines(axes, curves, findings.alignments)
         _, whole = _curve(lines, "lm")
         title = f"The language-model loss goes from {whole[0]:.2f} to {whole[-1]:.2f}" if whole else "Language-model loss"
         yield "lm_loss", title, f"Training of {findings.main}, mean of neighbouring steps.", figure
-    others = {name: _curve(run, "lm") for name, run in findings.runs.items() if name != findings.main and "/" not in name}
-    others = {name: curve for name, curve in others.items() if len(curve[0]) > 1}
-    if others:
-        with _axes("step", "nats per token") as (figure, axes):
-            _lines(axes, others, findings.alignments)
-        yield "dense_losses", "Before fusion: the dense models", "Each on its own records; the base on all text.", figure
+    dense = {name: _curve(run, "lm") for name, run in findings.runs.items() if name != findings.main and "/" not in name}
+    tuned = {name: dense.pop(name) for name in (*findings.alignments, "mixture") if name in dense}
+    for name, curves, title, note in (
+        ("base_loss", dense, "Before fusion: the base", "From random weights, on the text of all records."),
+        ("aligned_losses", tuned, "Before fusion: the models tuned from the base", "Each on its own records."),
+    ):
+        curves = {run: curve for run, curve in curves.items() if len(curve[0]) > 1}
+        if curves:
+            with _axes("step", "nats per target token") as (figure, axes):
+                _lines(axes, curves, findings.alignments)
+            yield name, title, note, figure
 
 
 def _routing(findings: Findings) -> Made:
@@ -258,18 +242,18 @@ def _lines(axes: Any, curves: dict[str, tuple[list[float], list[float]]], alignm
     """Lines with their names at their ends, moved apart where they would overlap; no legend to look up."""
     extra = [name for name in curves if name not in alignments]
     greys = (INK, MUTED, GENERAL)
-    ends = []
+    ends: dict[float, list[tuple[float, str, str]]] = {}
     for name, (steps, values) in curves.items():
         colour = colour_of(name, alignments) if name in alignments else greys[extra.index(name) % 3]
         axes.plot(steps, values, color=colour, marker=marker, markersize=4)
-        if steps:
-            ends.append((values[-1], name, colour))
+        ends.setdefault(steps[-1], []).append((values[-1], name, colour))
     low, high = axes.get_ylim()
-    ends.sort()
-    places = _apart([value for value, _, _ in ends], 0.075 * (high - low), high)
-    for place, (_, name, colour) in zip(places, ends, strict=True):
-        axes.annotate(name.replace("_", " "), (1.015, place), xycoords=("axes fraction", "data"), color=colour,
-                      va="center", fontsize=8.5, fontweight="bold", annotation_clip=False)  # fmt: skip
+    for step, labels in ends.items():
+        labels.sort()
+        places = _apart([value for value, _, _ in labels], 0.075 * (high - low), high)
+        for place, (_, name, colour) in zip(places, labels, strict=True):
+            axes.annotate(name.replace("_", " "), (step, place), xytext=(6, 0), textcoords="offset points", color=colour,
+                          va="center", fontsize=8.5, fontweight="bold", annotation_clip=False)  # fmt: skip
 
 
 def _apart(values: Sequence[float], gap: float, top: float) -> list[float]:

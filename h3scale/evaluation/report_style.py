@@ -1,6 +1,6 @@
 """The report page's style sheet: light and dark, readable on a phone, nothing loaded from anywhere."""
 
-from h3scale.evaluation.report_plots import ACCENTS, DARK, GENERAL, INK, MUTED, PALETTE, PAPER, RULE, css_name
+from h3scale.evaluation.report_colours import ACCENTS, DARK, GENERAL, INK, MUTED, PALETTE, PAPER, RULE, css_name
 
 SHEET = """
 *{box-sizing:border-box}
@@ -22,7 +22,7 @@ p.note,figcaption{color:var(--muted);font-size:14px;margin:0 0 16px;max-width:70
 .tile span{display:block;color:var(--muted);font-size:14px;margin-top:6px}
 .card{padding:18px 20px;margin:0 0 16px}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px;margin-bottom:16px}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:16px;margin-bottom:16px}
 .grid>.card{margin:0}
 figure{margin:0;padding:18px 20px 14px}
 figcaption{margin:0 0 10px}
@@ -61,6 +61,7 @@ footer p{max-width:76ch;margin:0 0 8px}
   table,thead,tbody{display:block}
   tr{display:grid;grid-template-columns:repeat(var(--columns),minmax(64px,1fr));gap:2px}
   tr>:first-child{grid-column:1/-1;padding:10px 0 2px}
+  thead tr{align-items:end}
   thead tr>:first-child{display:none}
   th,td{padding:6px;white-space:normal;font-size:14px}
   thead th{font-size:12px;padding:6px 2px;text-align:left}

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from h3scale.evaluation.report_plots import Picture, colour_of, css_name
+from h3scale.evaluation.report_colours import colour_of, css_name
+from h3scale.evaluation.report_plots import Picture
 
 if TYPE_CHECKING:
     from h3scale.evaluation.report import Findings

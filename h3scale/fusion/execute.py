@@ -174,6 +174,7 @@ def replace_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         values.update({name: tensor.contiguous() for name, tensor in tensors.items() if files[name] == file})
         partial = folder / f".partial-{file}"
         save_file(values, partial, metadata={"format": "pt"})
+        shutil.copymode(folder / file, partial)  # save_file makes it readable for its owner only
         partial.replace(folder / file)
 
 

@@ -16,9 +16,7 @@ class ExpertMap:
     experts: tuple[str | None, ...]
 
     def __post_init__(self) -> None:
-        findings = [
-            f"expert {i}: unknown alignment '{a}'" for i, a in enumerate(self.experts) if a not in (*self.alignments, None)
-        ]
+        findings = [f"expert {i}: unknown alignment '{a}'" for i, a in enumerate(self.experts) if a not in (*self.alignments, None)]
         findings += [f"alignment '{a}' has no expert" for a in self.alignments if a not in self.experts]
         if len(set(self.alignments)) != len(self.alignments):
             findings.append(f"an alignment is named twice: {list(self.alignments)}")

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, L layers, E experts, A alignments. `router_logits` are
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def router_loss_sum(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: 
 
 def router_modules(model: nn.Module) -> list[nn.Module]:
     """The transformers router modules (they return logits, weights, expert ids) of an MoE model, in layer order."""
-    layers = model.get_submodule("model.layers")
+    layers: Any = model.get_submodule("model.layers")
     return [layer.mlp.gate for layer in layers if hasattr(getattr(layer, "mlp", None), "gate")]
 
 

@@ -97,7 +97,8 @@ def _paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     from h3scale.evaluation.score import RecordScore, paired_difference
 
     first, second = (
-        [RecordScore(item["id"], item["alignment"], item["nll"], item["tokens"]) for item in evaluation["records"]] for evaluation in (a, b)
+        [RecordScore(item["id"], item["alignment"], item["nll"], item["tokens"]) for item in evaluation["records"]]
+        for evaluation in (a, b)
     )
     interval = paired_difference(first, second)
     return {"difference": interval.mean, "low": interval.low, "high": interval.high}

@@ -81,9 +81,7 @@ def expert_gammas(recipe: Drift, expert_map: ExpertMap) -> list[float]:
     known = [*expert_map.alignments, "general"]
     unknown = [name for name in recipe.gammas if name not in known]
     if unknown:
-        raise ConfigError(
-            [f"drift.gammas: '{name}' is no alignment of the model (works: {', '.join(known)})" for name in unknown]
-        )
+        raise ConfigError([f"drift.gammas: '{name}' is no alignment of the model (works: {', '.join(known)})" for name in unknown])
     return [recipe.gammas.get(alignment or "general", recipe.gamma) for alignment in expert_map.experts]
 
 
@@ -108,8 +106,9 @@ def _place(parameter: torch.nn.Parameter) -> tuple[int, int]:
     """Where this rank's shard begins in the flattened parameter, and its length (its padding included)."""
     if not hasattr(parameter, "ds_tensor"):
         return 0, parameter.numel()
-    length = parameter.ds_tensor.numel()
-    return length * dist.get_rank(parameter.ds_process_group), length
+    shard: Any = parameter  # ZeRO-3 puts its attributes on the parameter
+    length = shard.ds_tensor.numel()
+    return length * dist.get_rank(shard.ds_process_group), length
 
 
 def _shard(parameter: torch.nn.Parameter) -> Tensor:

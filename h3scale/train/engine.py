@@ -56,7 +56,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)  # type: ignore[arg-type]
     model = _model(recipe, tokenizer)
     check_tokenizer(model, tokenizer, where)
-    config = model.config
+    config: Any = model.config
     expert_map = ExpertMap.from_config(config)
     moe = None
     if getattr(config, "num_local_experts", None):

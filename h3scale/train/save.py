@@ -52,8 +52,8 @@ def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, out: Pat
         write_json(partial / "model" / "config.json", _config(run))
         _save_extras(run, recipe, partial / "model")
         save_file(probe, partial / "probe.safetensors")
-        # a copy of a script that refuses these very files
-        (partial / "deepspeed" / "zero_to_fp32.py").unlink(missing_ok=True)
+        for script in partial.glob("zero_to_*.py"):  # DeepSpeed adds scripts that refuse these very files
+            script.unlink()
     dist.barrier()
     _commit(run, recipe, partial, out)
     return out

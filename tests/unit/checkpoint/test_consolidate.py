@@ -184,12 +184,35 @@ def test_a_part_that_two_ranks_claim_is_refused(shard, tmp_path):
     _refused(DataError, shard(edit=claim), tmp_path / "out", "does not fit")
 
 
+def test_another_layout_of_the_states_is_refused_with_the_version(shard, tmp_path):
+    def rename(rank, model_state, optim_state):
+        model_state["ds_version"] = "0.21"
+        for layer in model_state["ds_autoep_layers"]:
+            layer["placement"] = layer.pop("expert_placement")
+
+    _refused(DataError, shard(edit=rename), tmp_path / "out", "KeyError('expert_placement')", "written by 0.21")
+
+
+def test_values_that_the_names_do_not_fill_are_refused(shard, tmp_path):
+    def add(rank, model_state, optim_state):
+        optim_state["fp32_flat_groups"][0] = torch.cat([optim_state["fp32_flat_groups"][0], torch.zeros(1)])
+
+    _refused(DataError, shard(edit=add), tmp_path / "out", "a group holds 65 values where its names need 64")
+
+
 def test_zero_2_is_refused_with_what_would_work(shard, tmp_path):
     folder = shard() / "deepspeed"
     for path in folder.glob("*_model_states.pt"):
         path.unlink()
     torch.save({}, folder / "mp_rank_00_model_states.pt")
     _refused(DataError, folder, tmp_path / "out", "works: ZeRO-3", config_from=folder.parent / "model")
+
+
+def test_optimizer_states_of_another_zero_stage_are_refused(shard, tmp_path):
+    def say_two(rank, model_state, optim_state):
+        optim_state["zero_stage"] = 2
+
+    _refused(DataError, shard(edit=say_two), tmp_path / "out", "a ZeRO-2 checkpoint (works: ZeRO-3")
 
 
 class _Bomb:

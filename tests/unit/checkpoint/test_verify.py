@@ -107,7 +107,9 @@ def test_two_swapped_experts_are_found_by_the_logits_alone(pair, monkeypatch):
     assert "logits differ from the trained engine's by" in finding
 
 
-def test_a_nan_in_the_logits_of_the_probe_is_found(pair):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_in_the_logits_of_the_probe_is_found(pair, dtype):
+    consolidate(pair[1], pair[0], dtype=dtype, force=True)
     tensors = load_file(pair[1] / "probe.safetensors")
     tensors["logits"][0, 3, 5] = float("nan")
     save_file(tensors, pair[1] / "probe.safetensors")

@@ -111,3 +111,16 @@ def test_no_chat_template_is_said(dense, tokenizer):
     bare.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         generate(dense, bare, "cat")
+
+
+def test_the_experts_are_those_of_the_positions_that_made_the_answer(moe, tokenizer):
+    answer = generate(moe, tokenizer, "cat dog moon", 12)
+    ids = torch.tensor([[*answer.prompt_ids, *answer.new_ids]])
+    with torch.no_grad():
+        logits_LTE = torch.stack(moe(input_ids=ids, output_router_logits=True).router_logits)
+    first = len(answer.prompt_ids) - 1  # the position that reads the last prompt token writes the first new one
+    made_LTE = logits_LTE[:, first : first + len(answer.new_ids)]
+    counts = torch.bincount(made_LTE.argmax(-1).flatten(), minlength=4) / made_LTE[..., 0].numel()
+    assert [share.first for share in answer.experts] == pytest.approx(counts.tolist())
+    votes = made_LTE[..., :3].log_softmax(-1).sum(0).argmax(-1).tolist()
+    assert [alignment for _, alignment in answer.pieces] == [THREE.alignments[v] for v in votes][: len(answer.pieces)]

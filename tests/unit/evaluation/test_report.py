@@ -9,8 +9,9 @@ import pytest
 from h3scale.checkpoint.shards import write_json
 from h3scale.errors import MissingInputError
 from h3scale.evaluation.report import read_findings, report
+from h3scale.evaluation.report_colours import colour_of
 from h3scale.evaluation.report_page import render_page
-from h3scale.evaluation.report_plots import _apart, _curve, colour_of
+from h3scale.evaluation.report_plots import _apart, _curve
 
 from .fake import fake_out
 
@@ -19,9 +20,8 @@ SETS = {
     "three": ("helpful", "harmless", "honest"),
     "five": ("helpful", "harmless", "honest", "curious", "terse"),
 }
-PLOTS = {
-    "lm_loss", "dense_losses", "router_loss", "drift", "router_accuracy", "router_by_layer", "expert_load", "models_by_alignment"
-}  # fmt: skip
+PLOTS = {"lm_loss", "base_loss", "aligned_losses", "router_loss", "drift"}
+PLOTS |= {"router_accuracy", "router_by_layer", "expert_load", "models_by_alignment"}
 
 
 def page_of(out):
@@ -149,6 +149,15 @@ def test_long_runs_are_averaged_and_labels_kept_apart():
     assert (steps[-1], values[-1]) == (600, 598.5)
     places = _apart([0.1, 0.98, 0.99, 1.0], 0.1, 1.03)
     assert places == pytest.approx([0.1, 0.83, 0.93, 1.03])
+
+
+def test_models_are_in_the_order_of_the_way(made):
+    out, page, alignments = made
+    order = ["base", *alignments, "mixture", "fused_init", "fused"]
+    assert list(read_findings(out).models) == order
+    table = page[page.index("<tbody>") : page.index("</tbody>")]
+    shown = re.findall(r'<th scope="row">([^<]*)', table)
+    assert shown == ["base", *alignments, "mixture (control)", "fused, before training", "fused"]
 
 
 def test_every_alignment_has_a_colour_of_its_own():

@@ -138,3 +138,11 @@ def test_paired_difference_refuses_other_records():
     a, b = pair(0, 0.1)
     with pytest.raises(DataError, match="not scored on the same records"):
         paired_difference(a, b[::-1])
+
+
+def test_bootstrap_resamples_the_ratio_not_a_mean_of_ratios():
+    """One long easy record in ten: the mean over tokens is far from the mean over records, and so is its interval."""
+    tokens = np.array([1000.0 if i % 10 == 0 else 1.0 for i in range(100)])
+    interval = bootstrap(np.where(tokens > 1, tokens * 1.0, tokens * 5.0), tokens)
+    assert interval.mean == pytest.approx(10_450 / 10_090)
+    assert interval.high < 1.2

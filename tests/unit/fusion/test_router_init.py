@@ -10,6 +10,7 @@ from h3scale.config.fuse import FuseRecipe, RouterStart
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.records import Record, read_records
 from h3scale.errors import DataError, MissingInputError
+from h3scale.fusion import router_init
 from h3scale.fusion.execute import choose_records, fuse
 from h3scale.fusion.router_init import cut, expert_rows, fit_router, oracle_pass, random_rows, router_accuracy, set_routers
 from h3scale.fusion.solve import Logistic, PromptMean, Ridge, best_scale, golden_section
@@ -164,8 +165,10 @@ def collect(made, encoded):
     return {k: torch.cat(v) for k, v in states.items()}, {k: torch.cat(v) for k, v in flags.items()}
 
 
-def test_the_router_sees_what_the_aligned_model_alone_would_show_it(made):
+@pytest.mark.parametrize("row_tokens", [1, 27, 512])
+def test_the_router_sees_what_the_aligned_model_alone_would_show_it(made, row_tokens, monkeypatch):
     """Packed, under oracle routing: the same states as each record by itself in its own dense model, no padding."""
+    monkeypatch.setattr(router_init, "ROW_TOKENS", row_tokens)
     states, flags = collect(made, made["encoded"])
     for label, folder in made["models"].items():
         dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -221,8 +224,9 @@ def test_random_rows_are_seeded_and_as_wide_as_the_initializer_range(made):
     assert torch.stack(one).std().item() == pytest.approx(0.2, rel=0.15)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_router_accuracy_is_what_counting_record_by_record_gives(made, seed):
+@pytest.mark.parametrize(("seed", "row_tokens"), [(0, 512), (1, 512), (2, 27)])
+def test_router_accuracy_is_what_counting_record_by_record_gives(made, seed, row_tokens, monkeypatch):
+    monkeypatch.setattr(router_init, "ROW_TOKENS", row_tokens)
     model = made["model"]
     set_routers(model, random_rows(model, made["map"], seed))
     right = dict.fromkeys(LABELS, 0)

@@ -1,0 +1,111 @@
+"""The repository itself: what is shipped works, is fast to ask, and holds nothing of one machine."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from h3scale.config.base import load_recipe
+from h3scale.config.fuse import FuseRecipe
+from h3scale.config.recipe import TokenizerRecipe, TrainRecipe
+from h3scale.study.demo import ALIGNMENTS, Demo
+
+ROOT = Path(__file__).parents[2]
+SCHEMAS = {"tokenizer": TokenizerRecipe, "fuse": FuseRecipe}
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+VERBS = ["", "demo", "data builtin", "data split", "data tokenizer", "train", "align", "fuse", "evaluate", "generate", "report"]
+VERBS += ["checkpoint consolidate", "checkpoint verify", "checkpoint release"]
+
+
+def h3scale(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "h3scale.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(SCHEMAS.get(path.stem, TrainRecipe), path)
+
+
+@pytest.mark.parametrize("folder", ["demo", "demo-quick", "demo-data"])
+def test_the_mixture_control_sees_as_many_tokens_as_align_and_train_together(folder: str) -> None:
+    def tokens(name: str) -> int:
+        recipe = load_recipe(TrainRecipe, ROOT / "recipes" / folder / f"{name}.yaml")
+        return recipe.steps * recipe.data.rows_per_batch * recipe.data.sequence_length
+
+    assert tokens("mixture") == len(ALIGNMENTS) * tokens("align") + tokens("train")
+
+
+def test_the_demo_runs_only_verbs_and_recipes_that_exist() -> None:
+    for demo in (Demo(None, 2, False), Demo(None, 2, True), Demo(Path("x"), 2, False)):
+        for step in demo.steps():
+            for word in step.command:
+                if word.startswith("recipes/"):
+                    assert (ROOT / word).is_file(), word
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    done = h3scale(*verb.split(), "--help")
+    assert done.returncode == 0
+    assert not verb or "Example: h3scale " in " ".join(done.stdout.split())
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = (
+        "import sys, h3scale.cli.main; print([m for m in ('torch', 'transformers', 'deepspeed', 'datasets') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        h3scale("--help")
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["train", "nowhere.yaml"], 66, "error: nowhere.yaml: no such file"),
+        (["train", "recipes/demo/base.yaml", "stpes=3"], 78, "stpes: unknown key (did you mean 'steps'?)"),
+        (["align", "recipes/demo/align.yaml"], 78, "alignment: is required to align"),
+        (["demo", "--data", "nowhere"], 66, "helpful.jsonl: no such file"),
+        (["demo", "--out", "full"], 73, "full: exists already"),
+        (["demo", "--ranks", "3"], 78, "3 processes cannot share four experts"),
+        (["demo", "--quick", "--data", "full"], 2, "--quick uses the built-in records"),
+        (["data", "builtin", "full"], 73, "full: exists already"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_bad_input_gives_a_line_and_its_exit_code(tmp_path: Path, words: list[str], code: int, line: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    done = h3scale(*words, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert line in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["full"], "something half-written was left"
+
+
+def test_nothing_in_the_tree_names_this_machine() -> None:
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        text = (ROOT / name).read_bytes().decode("utf-8", errors="ignore")
+        assert not re.search(r"(^|[^\w./])/(work|root|farm)/\w", text), name
+
+
+def test_the_pins_that_matter_are_pinned() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if "==" in line)
+    assert pins["deepspeed"] == "0.19.8"
+    assert pins["torch"] == "2.13.0"
+    assert (5, 17) <= tuple(int(part) for part in pins["transformers"].split(".")[:2]) < (5, 23)
+
+
+def test_the_citation_names_both_papers() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {reference["url"].rsplit("/", 1)[-1] for reference in citation["references"]} == {"2411.17792", "2502.06876"}

@@ -33,14 +33,15 @@ class Data(Strict):
     `rows_per_batch`: rows of one optimizer step over all ranks, so it does not change with the cluster.
     `balance`: `tokens` gives every alignment equally many tokens in a batch (the router sees all types equally often),
     `records` equally many records, `none` takes the records as they come.
-    `targets`: `response` trains on answers, `text` on prompts too (a base).
+    `prompt_weight`: how much a prompt's token counts in the LM loss beside a response's 1. 0 trains on answers only;
+    a base that has to learn to read needs a little, 1 is plain text.
     """
 
     records: list[str] = Field(min_length=1)
     sequence_length: Positive = 256
     rows_per_batch: Positive = 16
     balance: Literal["tokens", "records", "none"] = "tokens"
-    targets: Literal["response", "text"] = "response"
+    prompt_weight: Share = 0.0
 
 
 class Optimizer(Strict):
@@ -73,7 +74,7 @@ class Drift(Strict):
     """
 
     gamma: NotNegative = 0.0
-    gammas: dict[str, NotNegative] = {}
+    gammas: dict[str, NotNegative] = Field(default_factory=dict)
 
 
 class TrainRecipe(Strict):

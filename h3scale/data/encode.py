@@ -36,6 +36,7 @@ class Batch:
     """Rows of packed records, all (B, S) int64. A row's records cannot see each other: positions start at 0 again.
 
     targets: the token that each position has to predict, IGNORE where none is asked for; no shift is needed.
+    target_weights: how much each target counts, float32: 1 in responses, `prompt_weight` in prompts.
     alignment_ids: the record's alignment for every token, -1 on padding. roles: PADDING, PROMPT or RESPONSE.
     record_ids: which of the encoded records a token is of, -1 on padding.
     """
@@ -43,6 +44,7 @@ class Batch:
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
+    target_weights: Tensor
     alignment_ids: Tensor
     roles: Tensor
     record_ids: Tensor
@@ -93,11 +95,11 @@ def collate(
     alignments: Sequence[str],
     length: int,
     pad_id: int,
-    prompts_too: bool = False,
+    prompt_weight: float = 0.0,
 ) -> Batch:
     """Tensors of some rows, each a list of indices into `encoded`, padded to `length` tokens.
 
-    `prompts_too` asks for the prompt's tokens as well (plain text training of a base). Records longer than `length`
+    `prompt_weight` above 0 asks for the prompts' tokens as well (a base learns to read). Records longer than `length`
     are cut at the end. An alignment that is not in `alignments` gets id -1.
     """
     shape = (len(rows), length)
@@ -105,6 +107,7 @@ def collate(
         "input_ids": np.full(shape, pad_id, np.int64),
         "position_ids": np.zeros(shape, np.int64),
         "targets": np.full(shape, IGNORE, np.int64),
+        "target_weights": np.zeros(shape, np.float32),
         "alignment_ids": np.full(shape, -1, np.int64),
         "roles": np.full(shape, PADDING, np.int64),
         "record_ids": np.full(shape, -1, np.int64),
@@ -121,14 +124,17 @@ def collate(
             arrays["alignment_ids"][b, start:end] = label_of.get(item.record.alignment, -1)
             arrays["record_ids"][b, start:end] = index
             arrays["roles"][b, start:end] = np.where(np.arange(len(ids)) < item.num_prompt_tokens, PROMPT, RESPONSE)
-            first = 1 if prompts_too else item.num_prompt_tokens
+            first = 1 if prompt_weight > 0 else item.num_prompt_tokens
             arrays["targets"][b, start + first - 1 : end - 1] = ids[first:]
+            in_response = np.arange(first, len(ids)) >= item.num_prompt_tokens
+            arrays["target_weights"][b, start + first - 1 : end - 1] = np.where(in_response, 1.0, prompt_weight)
             start = end
         arrays["position_ids"][b, start:] = np.arange(length - start)
     return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
-def num_targets(item: Encoded, length: int, prompts_too: bool) -> int:
-    """How many tokens of a record a loss counts when it starts a row of `length`; the loader adds these up."""
+def target_weight(item: Encoded, length: int, prompt_weight: float) -> float:
+    """The sum of a record's target weights when it starts a row of `length`; the loader adds these up."""
     kept = min(len(item.input_ids), length)
-    return max(0, kept - (1 if prompts_too else item.num_prompt_tokens))
+    in_prompt = min(kept, item.num_prompt_tokens) - 1
+    return max(0, kept - item.num_prompt_tokens) + prompt_weight * max(0, in_prompt)

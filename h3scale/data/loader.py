@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from h3scale.data.encode import Batch, Encoded, collate, num_targets
+from h3scale.data.encode import Batch, Encoded, collate, target_weight
 from h3scale.errors import DataError
 
 LOOKAHEAD = 16  # records of an alignment among which one that still fits is looked for; none is ever skipped for good
@@ -60,12 +60,12 @@ class TypedLoader:
         rows_per_batch: int,
         length: int,
         balance: str = "tokens",
-        prompts_too: bool = False,
+        prompt_weight: float = 0.0,
     ):
         self.encoded, self.alignments = encoded, list(alignments)
         self.rows_per_batch, self.length = rows_per_batch, length
-        self.balance, self.prompts_too, self.seed = balance, prompts_too, seed
-        self.usable = [i for i, item in enumerate(encoded) if num_targets(item, length, prompts_too) > 0]
+        self.balance, self.prompt_weight, self.seed = balance, prompt_weight, seed
+        self.usable = [i for i, item in enumerate(encoded) if target_weight(item, length, 0.0) > 0]
         self.num_unusable = len(encoded) - len(self.usable)
         self.num_cut = sum(len(encoded[i].input_ids) > length for i in self.usable)
         missing = [a for a in self.alignments if all(encoded[i].record.alignment != a for i in self.usable)]
@@ -86,11 +86,11 @@ class TypedLoader:
 
     def batch(self, rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
         """Tensors of some rows."""
-        return collate(rows, self.encoded, self.alignments, self.length, pad_id, self.prompts_too)
+        return collate(rows, self.encoded, self.alignments, self.length, pad_id, self.prompt_weight)
 
-    def targets_in(self, batch: GlobalBatch) -> int:
-        """Tokens the LM loss counts in the whole global batch; known here, so that no collective is needed."""
-        return sum(num_targets(self.encoded[i], self.length, self.prompts_too) for row in batch.rows for i in row)
+    def targets_in(self, batch: GlobalBatch) -> float:
+        """What the LM loss of the whole global batch is divided by; known here, so that no collective is needed."""
+        return sum(target_weight(self.encoded[i], self.length, self.prompt_weight) for row in batch.rows for i in row)
 
     def tokens_in(self, batch: GlobalBatch, role: str = "both") -> int:
         """Tokens of the whole global batch, padding excluded: of the prompts, of the responses, or both."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from h3scale.data.encode import IGNORE, Batch, Encoded, collate, encode_records, num_targets
+from h3scale.data.encode import IGNORE, Batch, Encoded, collate, encode_records
 from h3scale.data.packing import pack
 from h3scale.data.records import Record
 from h3scale.errors import DataError
@@ -118,7 +118,7 @@ def _collect(encoded: Sequence[Encoded], nll_sums: Tensor, limit: int) -> Scores
     cut = 0
     for index, (item, nll_sum) in enumerate(zip(encoded, nll_sums.tolist(), strict=True)):
         cut += len(item.input_ids) > limit
-        tokens = num_targets(item, limit, prompts_too=False)
+        tokens = max(0, min(len(item.input_ids), limit) - item.num_prompt_tokens)
         if tokens:
             record = item.record
             scores.records.append(RecordScore(record.id, record.alignment, nll_sum, tokens, record.source))

@@ -59,7 +59,7 @@ def router_modules(model: nn.Module) -> list[nn.Module]:
 def forced_routing(model: nn.Module, weights: Callable[[int], Tensor] | Tensor) -> Iterator[None]:
     """Replaces what the routers decide: `weights` (E,) or (T, E), rows summing to 1; a callable gets T.
 
-    All E experts run, an expert with weight 0 adds nothing. The logits that the routers report stay their own. For
+    The logits that the routers report stay their own. For
     transformers models (evaluation, router start, tests), not for AutoEP.
     """
 
@@ -68,8 +68,8 @@ def forced_routing(model: nn.Module, weights: Callable[[int], Tensor] | Tensor) 
         num_tokens, num_experts = logits_TE.shape
         forced = weights(num_tokens) if callable(weights) and not isinstance(weights, Tensor) else weights
         forced_TE = forced.to(scores).expand(num_tokens, num_experts)
-        expert_ids_TE = torch.arange(num_experts, device=logits_TE.device).expand(num_tokens, num_experts)
-        return logits_TE, forced_TE, expert_ids_TE
+        used = forced_TE.ne(0).any(0).nonzero().squeeze(-1)  # an expert that nobody takes need not run
+        return logits_TE, forced_TE[:, used], used.expand(num_tokens, -1)
 
     handles = [router.register_forward_hook(replace) for router in router_modules(model)]
     try:

@@ -91,7 +91,7 @@ class Demo:
 
     def _judge(self) -> list[Step]:
         heldout = "--records data/heldout.jsonl"
-        extra = "--exclude-source template" if self.data else "--generate 100"
+        extra = "--exclude-source template --generate 20" if self.data else "--generate 100"
         models = " ".join(f"models/{name}" for name in (*SINGLE, "fused_init", "fused"))
         ablations = " ".join(f"ablations/{name}" for name in ABLATIONS)
         return [

@@ -108,12 +108,12 @@ def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
         rows_per_batch=recipe.data.rows_per_batch,
         length=recipe.data.sequence_length,
         balance=recipe.data.balance,
-        prompts_too=recipe.data.targets == "text",
+        prompt_weight=recipe.data.prompt_weight,
     )
     length = recipe.data.sequence_length
-    if loader.num_unusable:
+    if run.rank == 0 and loader.num_unusable:
         logger.warning("%d records left out: their prompt fills sequence_length = %d", loader.num_unusable, length)
-    if loader.num_cut:
+    if run.rank == 0 and loader.num_cut:
         logger.warning("%d records cut at sequence_length = %d tokens", loader.num_cut, length)
     return loader
 

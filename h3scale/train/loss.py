@@ -20,9 +20,9 @@ ROLES_OF_VOTE = {"prompt": (PROMPT,), "response": (RESPONSE,), "both": (PROMPT, 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the sums of one global batch are divided by: target tokens, and tokens that vote on the route."""
+    """What the sums of one global batch are divided by: weighted target tokens, and tokens that vote on the route."""
 
-    targets: int
+    targets: float
     votes: int
 
 
@@ -48,14 +48,15 @@ def compute_losses(
     output = engine(**inputs)
     logits_TV = output.logits.flatten(0, 1).float()
     nll_T = F.cross_entropy(logits_TV, batch.targets.flatten(), ignore_index=IGNORE, reduction="none")
-    total = nll_T.sum() / counts.targets
-    sums = {"lm": nll_T.detach().sum()}
-    asked_T = batch.targets.flatten() != IGNORE
+    weights_T = batch.target_weights.flatten()
+    weighted_T = nll_T * weights_T
+    total = weighted_T.sum() / counts.targets
+    sums = {"lm": weighted_T.detach().sum()}
     labels_T = batch.alignment_ids.flatten()
     for a, alignment in enumerate(alignments):
-        mine_T = (labels_T == a) & asked_T
-        sums[f"lm/{alignment}"] = nll_T.detach()[mine_T].sum()
-        sums[f"targets/{alignment}"] = mine_T.sum()
+        mine_T = labels_T == a
+        sums[f"lm/{alignment}"] = weighted_T.detach()[mine_T].sum()
+        sums[f"targets/{alignment}"] = weights_T[mine_T].sum()
     if member_AE is not None:
         votes_T = votes(batch, recipe.vote)
         router = router_loss_sum(output.router_logits, labels_T, votes_T, member_AE)

@@ -16,7 +16,7 @@ from h3scale.errors import DivergedError
 class Metrics:
     """Adds up sums of micro-batches, then of ranks, and writes `metrics.jsonl` on rank 0.
 
-    Every figure of a line is of the whole global batch: `lm` and `lm/ALIGNMENT` nats per target token, `router` nats per
+    Every figure of a line is of the whole global batch: `lm` and `lm/ALIGNMENT` nats per (weighted) target token, `router` nats per
     voting token and layer, `router_accuracy/ALIGNMENT` share of its voting tokens, `drift` as defined in train.anchor.
     """
 
@@ -30,7 +30,7 @@ class Metrics:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
 
-    def close_step(self, step: int, targets: int, votes: int, tokens: int, extra: dict[str, Any]) -> dict[str, Any]:
+    def close_step(self, step: int, targets: float, votes: int, tokens: int, extra: dict[str, Any]) -> dict[str, Any]:
         """Reduces over the ranks (every rank calls this) and writes the line; gives it. DivergedError (76) on NaN."""
         names = sorted(self.sums)
         totals = torch.stack([self.sums[name] for name in names]).to(self.device)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,20 +39,25 @@ CASES = [
 ]  # ranks, ep_size, vote
 
 
-def write_records(path: Path) -> None:
+def write_records(path: Path, alignments: tuple[str, ...]) -> None:
     lines = []
     for i in range(60):
-        alignment = EXPERTS[i % 3]
-        word = [WORDS[(i * 7 + k * (1 + i % 3)) % len(WORDS)] for k in range(9)]
-        prompt, response = " ".join(word[: 3 + i % 4]), " ".join(word[4 : 6 + i % 3])
+        a = i % len(alignments)
+        alignment = alignments[a]
+        word = [WORDS[(i * 7 + k * (1 + a)) % len(WORDS)] for k in range(9)]
+        prompt, response = " ".join(word[: 3 + i % 4]), " ".join(word[4 : 6 + a % 3])
         lines.append(json.dumps({"id": f"r{i}", "alignment": alignment, "prompt": prompt, "response": response}))
     path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny fused model, records and a recipe."""
-    folder = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"), EXPERTS)
+
+
+def make_world(folder: Path, experts: tuple[str | None, ...]) -> Path:
+    alignments = tuple(name for name in experts if name)
     tokenizer = tiny_tokenizer(folder / "moe")
     config = MixtralConfig(
         vocab_size=len(tokenizer),
@@ -62,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        num_local_experts=4,
+        num_local_experts=len(experts),
         num_experts_per_tok=2,
         max_position_embeddings=128,
         initializer_range=0.2,
@@ -70,10 +74,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         sliding_window=None,
         pad_token_id=0,
     )
-    config.h3scale = ExpertMap(("helpful", "harmless", "honest"), EXPERTS).to_config()
+    config.h3scale = ExpertMap(alignments, experts).to_config()
     torch.manual_seed(0)
     MixtralForCausalLM(config).save_pretrained(folder / "moe")
-    write_records(folder / "records.jsonl")
+    write_records(folder / "records.jsonl", alignments)
     recipe = {
         "model": str(folder / "moe"),
         "out": str(folder / "out"),
@@ -83,7 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "trainable": ["experts", "router"],
         "optimizer": {"learning_rate": 1e-3},
         "router": {"loss_weight": 0.5, "vote": "both"},
-        "drift": {"gamma": 0.3, "gammas": {"honest": 2.0, "general": 0.0}},
+        "drift": {"gamma": 0.3, "gammas": {"helpful": 2.0, "general": 0.0}},
         "deepspeed": "ds_configs/cpu_debug.json",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -174,6 +178,22 @@ def test_frozen_tensors_stay_bitwise_and_trained_ones_move(world: Path, tmp_path
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == ("block_sparse_moe" not in name), name
+
+
+@pytest.mark.parametrize("experts", [("kind", "true"), ("a", "b", "c", "d", "e", None)])
+def test_two_and_five_alignments_train_and_the_released_weights_give_the_engines_logits(
+    tmp_path: Path, experts: tuple[str | None, ...]
+) -> None:
+    from h3scale.checkpoint.verify import verify
+
+    world = make_world(tmp_path, experts)
+    lines = run_train(world, tmp_path / "run", "ep_size=2", "drift.gammas={}")
+    assert [name for name in lines[-1] if name.startswith("router_accuracy/")] == [f"router_accuracy/{a}" for a in experts if a]
+    consolidated(tmp_path / "run", tmp_path / "model")
+    verify(tmp_path / "model", against=tmp_path / "run")
+    code = "import sys; from transformers import AutoModelForCausalLM as A; print(A.from_pretrained(sys.argv[1]).config.h3scale['experts'])"
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "model")], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(list(experts))
 
 
 def test_a_large_gamma_pins_the_experts(world: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_shipped_files_pass(path: str) -> None:
 
 
 def test_what_the_recipe_owns_is_refused_with_the_recipes_word(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="gradient_clipping: the recipe owns this .set optimizer.clip_norm there"):
+    with pytest.raises(ConfigError, match=r"gradient_clipping: the recipe owns this .set optimizer\.clip_norm there"):
         read_deepspeed(write(tmp_path, {"gradient_clipping": 1.0}))
 
 
@@ -41,7 +41,7 @@ def test_typos_that_deepspeed_would_ignore_are_refused(tmp_path: Path) -> None:
 
 
 def test_auto_is_no_value(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="zero_optimization.reduce_bucket_size: 'auto'"):
+    with pytest.raises(ConfigError, match=r"zero_optimization\.reduce_bucket_size: 'auto'"):
         read_deepspeed(write(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,12 +87,13 @@ def test_the_order_depends_on_the_seed_and_not_on_the_ranks() -> None:
 
 def test_counts_are_those_of_the_tensors() -> None:
     encoded = make({a: 30 for a in ALIGNMENTS}, lengths=(5, 9, 40))  # 40 is cut at 32
-    for prompts_too in (False, True):
-        loading = loader(encoded, prompts_too=prompts_too)
+    for prompt_weight in (0.0, 0.25, 1.0):
+        loading = loader(encoded, prompt_weight=prompt_weight)
         assert loading.num_cut == 30
         for batch in islice(loading.batches(), 10):
             tensors = loading.batch(batch.rows, pad_id=0)
-            assert loading.targets_in(batch) == (tensors.targets != IGNORE).sum()
+            assert loading.targets_in(batch) == pytest.approx(tensors.target_weights.sum())
+            assert torch.equal(tensors.targets == IGNORE, tensors.target_weights == 0)
             assert loading.tokens_in(batch) == (tensors.record_ids >= 0).sum()
             assert loading.tokens_in(batch, "prompt") == (tensors.roles == PROMPT).sum()
             assert loading.tokens_in(batch, "response") == (tensors.roles == RESPONSE).sum()

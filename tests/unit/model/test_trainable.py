@@ -1,0 +1,45 @@
+"""Freezing by group: the same words in dense and mixture-of-experts models."""
+
+import pytest
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from h3scale.errors import ConfigError
+from h3scale.model.trainable import freeze, group_of
+from tests.tiny import tiny_config
+
+
+def moe() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    return MixtralForCausalLM(config)
+
+
+def trained(model: LlamaForCausalLM | MixtralForCausalLM) -> set[str]:
+    return {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_ffn_is_the_experts_of_a_mixture() -> None:
+    dense, mixture = LlamaForCausalLM(tiny_config()), moe()
+    counts = freeze(dense, ["ffn"])
+    assert trained(dense) == {"ffn"}
+    assert counts == {"ffn": sum(p.numel() for n, p in dense.named_parameters() if ".mlp." in n)}
+    freeze(mixture, ["ffn", "router"])
+    assert trained(mixture) == {"experts", "router"}
+
+
+def test_freezing_again_forgets_what_was_trained_before() -> None:
+    model = moe()
+    freeze(model, ["all"])
+    freeze(model, ["router"])
+    assert trained(model) == {"router"}
+
+
+def test_every_parameter_has_a_group() -> None:
+    for model in (LlamaForCausalLM(tiny_config()), moe()):
+        assert "other" not in {group_of(name) for name, _ in model.named_parameters()}
+
+
+def test_a_dense_model_has_no_router() -> None:
+    with pytest.raises(ConfigError, match="trainable: 'router': the model has none"):
+        freeze(LlamaForCausalLM(tiny_config()), ["router"])

@@ -23,7 +23,7 @@ from h3scale.evaluation.report_tables import (
 )
 
 if TYPE_CHECKING:
-    from h3scale.evaluation.report import Findings
+    from h3scale.evaluation.findings import Findings
 
 SAMPLES_SHOWN = 3  # an alignment
 
@@ -71,16 +71,20 @@ def _header(findings: Findings) -> str:
 
 
 def _headline(findings: Findings) -> str:
-    """What the numbers say of the main model, good or bad."""
+    """What the numbers say of the main model, good or bad; a difference whose interval holds 0 is no difference."""
     models, main = findings.models, findings.main
     rivals = [name for name in models if name not in (main, "fused_init")]
     if main not in models or not rivals:
         return f"{shown_name(main).capitalize()}: what it knows"
     main_name = shown_name(main).capitalize()
-    ahead = [name for name in rivals if findings.mean_nll(main) < findings.mean_nll(name)]
+    gap = {name: findings.mean_nll(main) - findings.mean_nll(name) for name in rivals}
+    intervals = {name: findings.paired.get(name, (gap[name],) * 3) for name in rivals}
+    ahead = [name for name, (_, _, high) in intervals.items() if high < 0]
+    level = [escape(shown_name(name)) for name, (_, low, high) in intervals.items() if low <= 0 <= high]
     if len(ahead) == len(rivals):
         return f"{main_name} knows the answers best, of {len(rivals) + 1} models"
-    return f"{main_name} knows the answers better than {len(ahead)} of {len(rivals)} other models"
+    headline = f"{main_name} knows the answers better than {len(ahead)} of {len(rivals)} other models"
+    return headline + (f", level with {' and '.join(level)}" if level else "")
 
 
 def _lead(findings: Findings) -> str:

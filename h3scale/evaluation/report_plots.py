@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from h3scale.evaluation.report_colours import DARK, GENERAL, INK, MUTED, PAPER, RULE, colour_of, css_name
 
 if TYPE_CHECKING:
-    from h3scale.evaluation.report import Findings, Line
+    from h3scale.evaluation.findings import Findings, Line
 
 POINTS = 150  # a longer run is shown as means of so many stretches
 
@@ -89,7 +89,7 @@ def _losses(findings: Findings) -> Made:
         with _axes("step", "nats per response token") as (figure, axes):
             _lines(axes, curves, findings.alignments)
         _, whole = _curve(lines, "lm")
-        title = f"The language-model loss goes from {whole[0]:.2f} to {whole[-1]:.2f}" if whole else "Language-model loss"
+        title = f"The language-model loss goes from {whole[0]:.3g} to {whole[-1]:.3g}" if whole else "Language-model loss"
         yield "lm_loss", title, f"Training of {findings.main}, mean of neighbouring steps.", figure
     dense = {name: _curve(run, "lm") for name, run in findings.runs.items() if name != findings.main and "/" not in name}
     tuned = {name: dense.pop(name) for name in (*findings.alignments, "mixture") if name in dense}

@@ -10,7 +10,7 @@ from h3scale.evaluation.report_colours import colour_of, css_name
 from h3scale.evaluation.report_plots import Picture
 
 if TYPE_CHECKING:
-    from h3scale.evaluation.report import Findings
+    from h3scale.evaluation.findings import Findings
 
 NAMES = {"fused_init": "fused, before training", "mixture": "mixture (control)"}
 

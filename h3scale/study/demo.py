@@ -19,7 +19,10 @@ LOADS = (
     "m = AutoModelForCausalLM.from_pretrained('models/fused'); "
     "print(type(m).__name__, f'{m.num_parameters():,} parameters, loaded without h3scale')"
 )
-QUESTION = {False: "Tom lives in Oslo. Emma lives in Rome. Name the city where Emma lives.", True: "How do I bake bread at home?"}
+QUESTION = {
+    False: "Passage: Emma keeps a cat, plays the drum and lives in Rome. Question: where does Tom live?",
+    True: "How do I bake bread at home?",
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.errors import MissingInputError
 
 RIVALS = ("base", "helpful", "harmless", "honest", "mixture", "fused_init")  # the fused model is compared with each
+MADE = (*RIVALS, "fused")
 
 
 def assemble(out: Path) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def assemble(out: Path) -> dict[str, Any]:
     the other's, on the same resamples; an interval below 0 says that the fused model is better. `ablations`: the same
     training with one thing changed.
     """
-    evaluations = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"))}
+    evaluations = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"), key=_place)}
     if "fused" not in evaluations:
         raise MissingInputError(f"{out / 'evaluation' / 'fused.json'}: no such file (h3scale evaluate ... --out evaluation)")
     ablations = {path.stem: read_json(path) for path in sorted((out / "ablations" / "evaluation").glob("*.json"))}
@@ -71,6 +72,11 @@ def show(out: Path, console: Console) -> None:
     console.print(f'next:   h3scale generate {out / "release"} "your question"')
 
 
+def _place(path: Path) -> tuple[int, str]:
+    """Models in the order in which they are made; others after them, by name."""
+    return (MADE.index(path.stem) if path.stem in MADE else len(MADE), path.stem)
+
+
 def _nll(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {a: {key: cell[key] for key in ("nll", "low", "high", "records")} for a, cell in evaluation["nll"].items()}
 
@@ -90,7 +96,10 @@ def _router(out: Path, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]
 
 
 def _ablation(evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {"nll": _nll(evaluation), "router": {"accuracy": evaluation["router"]["accuracy"]}}
+    found: dict[str, Any] = {"nll": _nll(evaluation)}
+    if evaluation["router"]["mode"] == "trained":  # a forced route says nothing of the router
+        found["router"] = {"accuracy": evaluation["router"]["accuracy"]}
+    return found
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:

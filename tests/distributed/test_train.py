@@ -191,7 +191,9 @@ def test_two_and_five_alignments_train_and_the_released_weights_give_the_engines
     assert [name for name in lines[-1] if name.startswith("router_accuracy/")] == [f"router_accuracy/{a}" for a in experts if a]
     consolidated(tmp_path / "run", tmp_path / "model")
     verify(tmp_path / "model", against=tmp_path / "run")
-    code = "import sys; from transformers import AutoModelForCausalLM as A; print(A.from_pretrained(sys.argv[1]).config.h3scale['experts'])"
+    code = (
+        "import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(m.config.h3scale['experts'])"
+    )
     done = subprocess.run([sys.executable, "-I", "-c", code, str(tmp_path / "model")], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(list(experts))
 

@@ -1,0 +1,118 @@
+"""What a report knows: read from the folder of a demo or a study, for the page and the plots to draw."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from h3scale.checkpoint.shards import read_json
+from h3scale.errors import MissingInputError
+
+KNOWN_ALIGNMENTS = ("helpful", "harmless", "honest")
+
+Line = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that a report shows. `runs`: metrics by run name, one line a step. `main`: the model the report is about."""
+
+    results: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
+    runs: dict[str, list[Line]]
+    alignments: list[str]
+    main: str
+    experts: list[tuple[str, str | None]] = field(default_factory=list)
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """NLL by model and alignment: base, aligned models, others by name, the main one last."""
+        models = self.results.get("models", {})
+        order = dict.fromkeys(("base", *self.alignments, "mixture", *sorted(models)))
+        last = [name for name in ("fused_init", self.main) if name in models]
+        return {name: models[name] for name in [*(n for n in order if n in models and n not in last), *last]}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The main model's own file; empty when it is not there."""
+        return self.evaluations.get(self.main, {})
+
+    @property
+    def router(self) -> dict[str, Any]:
+        """What is known of the main model's router: its own file's entry over that of results.json."""
+        return {**self.results.get("router", {}), **self.evaluation.get("router", {})}
+
+    @property
+    def paired(self) -> dict[str, tuple[float, float, float]]:
+        """Main model minus another, mean NLL, by the other's name: difference, low, high."""
+        found = self.results.get("paired") or self.evaluation.get("paired", {})
+        prefix = f"{self.main} - "
+        return {
+            name.removeprefix(prefix): (entry.get("difference", entry.get("mean")), entry["low"], entry["high"])
+            for name, entry in found.items()
+        }
+
+    def mean_nll(self, name: str) -> float:
+        """Mean over the alignments of one model's NLL."""
+        values = [entry["nll"] for entry in self.models[name].values()]
+        return sum(values) / len(values)
+
+
+def read_findings(out: Path) -> Findings:
+    """Everything a report needs from a folder; only results.json is required."""
+    if not out.is_dir():
+        raise MissingInputError(f"{out}: no such folder")
+    if not (out / "results.json").is_file():
+        raise MissingInputError(f"{out / 'results.json'}: no such file (h3scale demo --out {out} makes one)")
+    results = read_json(out / "results.json")
+    evaluations = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"))}
+    main = _main_model(results, evaluations)
+    router = evaluations.get(main, {}).get("router", {})
+    return Findings(
+        results=results,
+        evaluations=evaluations,
+        runs=_runs(out),
+        alignments=_alignments(results, router),
+        main=main,
+        experts=[(expert["name"], expert["alignment"]) for expert in router.get("experts", [])],
+    )
+
+
+def _main_model(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
+    models = results.get("models", {})
+    routed = [name for name in models if "router" in evaluations.get(name, {})]
+    return "fused" if "fused" in models else (routed or list(models) or [""])[-1]
+
+
+def _alignments(results: dict[str, Any], router: dict[str, Any]) -> list[str]:
+    """The model's own order; else the usual one, then the alphabet."""
+    found = {alignment for model in results.get("models", {}).values() for alignment in model}
+    first = [a for a in (*router.get("alignments", ()), *KNOWN_ALIGNMENTS) if a in found]
+    return list(dict.fromkeys([*first, *sorted(found)]))
+
+
+def _runs(out: Path) -> dict[str, list[Line]]:
+    """Metrics of every run under checkpoints/ and models/; of a step written twice (a resumed run), the later line."""
+    runs = {}
+    for folder in (out / "models", out / "checkpoints"):
+        for path in sorted(folder.rglob("metrics.jsonl")):
+            steps: dict[float, Line] = {}
+            for text in path.read_text(encoding="utf-8").splitlines():
+                line = _parse(text)
+                if "step" in line:
+                    steps[line["step"]] = line
+            if steps:
+                runs[path.parent.relative_to(folder).as_posix()] = [steps[step] for step in sorted(steps)]
+    return runs
+
+
+def _parse(text: str) -> Line:
+    """The finite numbers of one line; nothing for a line that was cut while being written."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {key: number for key, number in value.items() if isinstance(number, (int, float)) and math.isfinite(number)}

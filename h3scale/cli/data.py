@@ -43,10 +43,22 @@ def split(
     Example: h3scale data split my-records data
     """
     from h3scale.data.records import read_records, split_by_instruction, write_records
+    from h3scale.errors import DataError
 
     names = alignments.split(",")
     paths = [source / f"{name}.jsonl" for name in names] if not source.is_file() else [source]
-    parts = split_by_instruction(read_records(paths, names), heldout_share, seed)
+    records = read_records(paths)
+    unknown = sorted({record.alignment for record in records} - set(names))
+    parts = split_by_instruction(records, heldout_share, seed)
+    findings = [f"{source}: alignment '{name}' is not among --alignments {alignments}" for name in unknown]
+    findings += [
+        f"{source}: alignment '{name}' has no records on the {side} side (try another --heldout-share or --seed)"
+        for side, part in zip(("train", "held-out"), parts, strict=True)
+        for name in names
+        if all(record.alignment != name for record in part)
+    ]
+    if findings:
+        raise DataError(findings)
     with _new(out, force) as folder:
         for name, records in zip(("train", "heldout"), parts, strict=True):
             write_records(folder / f"{name}.jsonl", records)

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+RANKS = (1, 2, 4)  # divisors of the number of experts and of the rows of a batch
+MARKER = ".h3scale-demo"  # what the folder was made with; only a folder that has it is ever deleted
+
 
 def demo(
     data: Annotated[
@@ -24,7 +27,7 @@ def demo(
     """
     import shutil
 
-    from h3scale.errors import ConfigError, OutputError, UsageError
+    from h3scale.errors import ConfigError, MissingInputError, OutputError, UnsafeError, UsageError
     from h3scale.study.demo import ALIGNMENTS, Demo
     from h3scale.study.results import show
     from h3scale.study.steps import Runner
@@ -34,16 +37,21 @@ def demo(
     if data:
         missing = [f"{data / f'{name}.jsonl'}: no such file" for name in ALIGNMENTS if not (data / f"{name}.jsonl").is_file()]
         if missing:
-            from h3scale.errors import MissingInputError
-
             raise MissingInputError(missing)
-    if 4 % ranks and ranks % 4:
-        raise ConfigError(f"--ranks: {ranks} processes cannot share four experts (works: 1, 2, 4, 8, ...)")
-    if out.exists() and any(out.iterdir()) and not resume:
-        if not force:
+    if ranks not in RANKS:
+        raise ConfigError(f"--ranks: {ranks} processes cannot share the demo's four experts and rows (works: 1, 2, 4)")
+    marker, chosen = out / MARKER, f"data={data and data.resolve()} ranks={ranks} quick={quick}\n"
+    if out.is_dir() and any(out.iterdir()):
+        if not (resume or force):
             raise OutputError(f"{out}: exists already (--resume to go on there, --force to delete it first, --out for another)")
-        shutil.rmtree(out)
+        if not marker.is_file():
+            raise UnsafeError(f"{out}: not made by h3scale demo, so neither --resume nor --force touches it (works: another --out)")
+        if resume and marker.read_text() != chosen:
+            raise ConfigError(f"{out}: was made with {marker.read_text().strip()} (works: --resume with the same, or --force)")
+        if force and not resume:
+            shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(chosen)
     runner = Runner(out.resolve())
     runner.run(Demo(data, ranks, quick).steps())
     show(out, runner.console)

@@ -55,6 +55,14 @@ def main() -> None:
         for finding in error.findings:
             print(f"error: {finding}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if _debug:
+            traceback.print_exc()
+        print(f"error: {error.filename or 'storage'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(74)
+    except Exception:  # our bug: the traceback, and the exit code that says so
+        traceback.print_exc()
+        sys.exit(70)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from h3scale.errors import ConfigError, MissingInputError
 
 
 class Strict(BaseModel):
-    """A part of a recipe: unknown keys are refused, values are not coerced from other types."""
+    """A part of a recipe: unknown keys are refused; a text or a yes/no is no number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 R = TypeVar("R", bound=Strict)
@@ -48,8 +48,10 @@ def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None =
         raise ConfigError([_finding(str(path), schema, item) for item in error.errors()]) from None
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
+def load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML mapping. `extends: other.yaml` (relative to this file) gives the values this file does not set."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: extends itself (by {' -> '.join(str(p.name) for p in below)})")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -68,7 +70,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     base = path.parent / str(parent)
     if not base.is_file():
         raise MissingInputError(f"{path}: extends: {parent}: no such file")
-    return _merge(load_yaml(base), values)
+    return _merge(load_yaml(base, (*below, path.resolve())), values)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -77,6 +79,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is written twice", key.start_mark)
             seen.add(key.value)
@@ -107,7 +111,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise ConfigError(f"'{override}': {parent} is a value, not a section")
-    place[last] = yaml.load(text, Loader=_UniqueKeyLoader)
+    try:
+        place[last] = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{override}': the value is not valid YAML ({getattr(error, 'problem', error)})") from None
 
 
 def _finding(where: str, schema: type[BaseModel], item: Any) -> str:

@@ -38,6 +38,31 @@ KNOWN = {
     "aio",
     "compile",
 }
+ZERO_OPTIMIZATION = {
+    "stage",
+    "contiguous_gradients",
+    "reduce_scatter",
+    "reduce_bucket_size",
+    "allgather_partitions",
+    "allgather_bucket_size",
+    "overlap_comm",
+    "load_from_fp32_weights",
+    "offload_param",
+    "offload_optimizer",
+    "sub_group_size",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "round_robin_gradients",
+    "memory_efficient_linear",
+    "ignore_unused_parameters",
+    "leaf_module",
+}
 EXPERT_PARALLEL = {
     "enabled": "by the model: on for a mixture of experts",
     "autoep_size": "ep_size",
@@ -65,6 +90,11 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    sections = [key for key in ("zero_optimization", "expert_parallel") if not isinstance(values.get(key, {}), dict)]
+    if sections:
+        raise ConfigError([f"{path}: {key}: expected a JSON object" for key in sections])
     findings = [f"{path}: {key}: the recipe owns this (set {OWNED[key]} there)" for key in values if key in OWNED]
     findings += [_unknown(path, key, key, KNOWN) for key in values if key not in KNOWN and key not in OWNED]
     expert_parallel = values.get("expert_parallel", {})
@@ -82,6 +112,9 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     findings += [
         f"{path}: zero_optimization.{key}: 'auto' is no value here (write a number)" for key in zero if zero[key] == "auto"
     ]
+    findings += [_unknown(path, f"zero_optimization.{key}", key, ZERO_OPTIMIZATION) for key in zero if key not in ZERO_OPTIMIZATION]
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        findings.append(f"{path}: zero_optimization.stage: {zero['stage']!r} (works: 0, 1, 2, 3)")
     if findings:
         raise ConfigError(findings)
     return values

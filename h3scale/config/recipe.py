@@ -3,6 +3,7 @@
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
+from pydantic import Strict as Strict_
 
 from h3scale.config.base import Strict
 
@@ -24,6 +25,15 @@ class Architecture(Strict):
     tie_word_embeddings: bool = True
     rope_theta: float = 10_000.0
     initializer_range: float = 0.02
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        heads, shared = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(f"hidden_size: {self.hidden_size} must be a multiple of 2 x num_attention_heads = {2 * heads}")
+        if heads % shared:
+            raise ValueError(f"num_key_value_heads: {shared} must divide num_attention_heads = {heads}")
+        return self
 
 
 class Data(Strict):
@@ -49,7 +59,7 @@ class Optimizer(Strict):
 
     learning_rate: float = Field(gt=0)
     router_learning_rate: float | None = Field(default=None, gt=0)  # the router is small and starts far: it may need more
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Strict_(False)] = (0.9, 0.95)
     weight_decay: NotNegative = 0.0
     warmup_share: Share = 0.05
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -103,7 +103,7 @@ def collate(
     are cut at the end. An alignment that is not in `alignments` gets id -1.
     """
     shape = (len(rows), length)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "input_ids": np.full(shape, pad_id, np.int64),
         "position_ids": np.zeros(shape, np.int64),
         "targets": np.full(shape, IGNORE, np.int64),

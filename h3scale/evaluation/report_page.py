@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from h3scale.evaluation.findings import Findings
 from h3scale.evaluation.report_plots import Picture
 from h3scale.evaluation.report_style import style_sheet
 from h3scale.evaluation.report_tables import (
@@ -21,9 +22,6 @@ from h3scale.evaluation.report_tables import (
     share_table,
     shown_name,
 )
-
-if TYPE_CHECKING:
-    from h3scale.evaluation.findings import Findings
 
 SAMPLES_SHOWN = 3  # an alignment
 

@@ -12,16 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from h3scale.evaluation.findings import Findings, Line
 from h3scale.evaluation.report_colours import DARK, GENERAL, INK, MUTED, PAPER, RULE, colour_of, css_name
-
-if TYPE_CHECKING:
-    from h3scale.evaluation.findings import Findings, Line
 
 POINTS = 150  # a longer run is shown as means of so many stretches
 

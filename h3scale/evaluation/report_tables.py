@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from h3scale.evaluation.findings import Findings
 from h3scale.evaluation.report_colours import colour_of, css_name
 from h3scale.evaluation.report_plots import Picture
-
-if TYPE_CHECKING:
-    from h3scale.evaluation.findings import Findings
 
 NAMES = {"fused_init": "fused, before training", "mixture": "mixture (control)"}
 

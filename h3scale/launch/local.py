@@ -16,9 +16,9 @@ GRACE_S = 20  # how long ranks may take to end after a signal before they are ki
 
 
 def run_ranks(command: list[str], ranks: int) -> int:
-    """Runs `command` as `ranks` processes with RANK, WORLD_SIZE, ... set; gives the first exit code that is not 0.
+    """Runs `command` as `ranks` processes with RANK, WORLD_SIZE, ... set; gives the exit code of the first that fails.
 
-    SIGTERM and SIGINT go on to every rank. When one rank fails the others are ended.
+    SIGTERM and SIGINT go on to every rank, and 128 + the signal is given. When one rank fails the others are ended.
     """
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     shared = {
@@ -32,22 +32,26 @@ def run_ranks(command: list[str], ranks: int) -> int:
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         processes.append(subprocess.Popen(command, env=environment))
 
+    received: list[int] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while all(process.poll() is None for process in processes) or _running_fine(processes):
+        while _running_fine(processes):
             time.sleep(0.05)
+        first = next((process.returncode for process in processes if process.returncode), 0)
     finally:
         _end(processes)
         for number, handler in before.items():
             signal.signal(number, handler)
-    codes = [process.returncode for process in processes]
-    own = [code for code in codes if code > 0]  # a rank ended by us has a negative code
-    return own[0] if own else (70 if any(codes) else 0)
+    if received:
+        return 128 + received[0]
+    return first if first >= 0 else 70  # killed by somebody else: nothing a rank means to do
 
 
 def rank_command(module: str, arguments: list[str]) -> list[str]:

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from h3scale.config.recipe import Architecture
-from h3scale.errors import DataError
+from h3scale.errors import DataError, MissingInputError
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder; no hub, no remote code. Raises DataError (65) when there is none."""
     from transformers import AutoTokenizer
 
+    _check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -28,6 +29,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    _check_folder(folder)
     logging.disable_progress_bar()  # its bars are per tensor and print on every rank
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -41,6 +43,11 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     if findings:
         raise DataError(findings)
     return model
+
+
+def _check_folder(folder: str | Path) -> None:
+    if not Path(folder).is_dir():
+        raise MissingInputError(f"{folder}: no such folder")
 
 
 def random_llama(sizes: Architecture, tokenizer: Any, seed: int, max_length: int) -> nn.Module:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from h3scale.study.steps import Step
-from h3scale.topology import divisors
 
 ALIGNMENTS = ("helpful", "harmless", "honest")
 SINGLE = ("base", *ALIGNMENTS, "mixture")
@@ -53,7 +52,7 @@ class Demo:
         return [data, Step("Tokenizer: SentencePiece on the records", tokenizer, "tokenizer")]
 
     def _dense(self) -> list[Step]:
-        ranks = [] if self.ranks == 2 else [f"ranks={self.ranks}"]
+        ranks = [] if self.ranks == 2 else [f"ranks={self.ranks}", "rows_per_micro_batch=1"]
         base = [*_words(f"h3scale train {self.recipes}/base.yaml"), *ranks]
         steps = [Step("Base: a tiny Llama from random weights, on the text of all records", base, "models/base")]
         for name in ALIGNMENTS:
@@ -96,6 +95,7 @@ class Demo:
         heldout = "--records data/heldout.jsonl"
         extra = "--exclude-source template --generate 20" if self.data else "--generate 100"
         models = " ".join(f"models/{name}" for name in (*SINGLE, "fused_init", "fused"))
+        licence = "other" if self.data else "apache-2.0"  # what other records allow, their owner has to say
         ablations = " ".join(f"ablations/{name}" for name in ABLATIONS)
         return [
             Step(
@@ -110,13 +110,13 @@ class Demo:
             ),
             Step(
                 "Evaluate: the ablations",
-                _words(f"h3scale evaluate {ablations} {heldout} --out ablations/evaluation"),
+                _words(f"h3scale evaluate {ablations} models/fused {heldout} --out ablations/evaluation"),
                 "ablations/evaluation",
             ),
             Step("Try it: who answers?", ["h3scale", "generate", "models/fused", QUESTION[self.data is not None]]),
             Step(
                 "Release: a folder fit for publication",
-                _words("h3scale checkpoint release models/fused release --license apache-2.0 --evaluation evaluation/fused.json"),
+                _words(f"h3scale checkpoint release models/fused release --license {licence} --evaluation evaluation/fused.json"),
                 "release",
             ),
             Step("Report: results.json, pictures and one page", _words("h3scale report .")),
@@ -127,7 +127,7 @@ class Demo:
         if name != "fused":
             words.append(f"out=checkpoints/{name}")
         if self.ranks != 2:
-            words.append(f"ep_size={max(d for d in divisors(self.ranks) if 4 % d == 0)}")
+            words += [f"ep_size={self.ranks}", "rows_per_micro_batch=1"]
         return ["deepspeed", *words, *(overrides or [])]
 
     def _consolidate(self, name: str, target: str) -> Step:

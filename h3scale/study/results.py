@@ -25,6 +25,7 @@ def assemble(out: Path) -> dict[str, Any]:
     if "fused" not in evaluations:
         raise MissingInputError(f"{out / 'evaluation' / 'fused.json'}: no such file (h3scale evaluate ... --out evaluation)")
     ablations = {path.stem: read_json(path) for path in sorted((out / "ablations" / "evaluation").glob("*.json"))}
+    ablations.pop("fused", None)  # it was evaluated there only to be compared with
     uniform = out / "ablations" / "uniform_router.json"
     if uniform.is_file():
         ablations["uniform_router"] = read_json(uniform)

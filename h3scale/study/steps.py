@@ -4,7 +4,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,24 +27,27 @@ class Runner:
 
     folder: Path
     console: Console = field(default_factory=lambda: Console(highlight=False))
-    seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, steps: list[Step], after: Callable[[Step], None] | None = None) -> None:
+    def run(self, steps: list[Step]) -> None:
         """Raises the failed command's exit code as an H3Error; what is finished stays."""
-        self.console.print(f"[dim]$ cd {shlex.quote(str(self.folder))}[/]")
+        self._say(f"$ cd {shlex.quote(str(self.folder))}", "dim")
         for number, step in enumerate(steps, start=1):
-            self.console.print(f"\n[bold]{number}/{len(steps)}  {step.why}[/]\n[cyan]$ {shlex.join(step.command)}[/]")
+            self._say(f"\n{number}/{len(steps)}  {step.why}", "bold")
+            self._say(f"$ {shlex.join(step.command)}", "cyan")
             if step.makes and (self.folder / step.makes).exists():
-                self.console.print(f"[dim]there already: {step.makes}[/]")
+                self._say(f"there already: {step.makes}", "dim")
                 continue
             began = time.monotonic()
             code = subprocess.run(executable(step.command), cwd=self.folder, check=False).returncode
-            took = self.seconds[shlex.join(step.command)] = time.monotonic() - began
+            took = time.monotonic() - began
             if code:
                 failure = H3Error(f"step {number} ended with exit code {code}: {shlex.join(step.command)}")
                 failure.exit_code = code
                 raise failure
-            self.console.print(f"[dim]{took:.0f} s[/]")
+            self._say(f"{took:.0f} s", "dim")
+
+    def _say(self, text: str, style: str) -> None:
+        self.console.print(text, style=style, markup=False, soft_wrap=True)  # a command is to be copied as it is
 
 
 def executable(command: list[str]) -> list[str]:

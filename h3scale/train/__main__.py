@@ -31,15 +31,14 @@ def main(arguments: list[str]) -> int:
         if log.RANK:
             time.sleep(3)  # rank 0 says the same; this rank speaks only if rank 0 is still alive then
         if "--debug" in options:
-            raise
+            traceback.print_exc()
         for finding in error.findings:
             print(f"error: {finding}", file=sys.stderr)
         return error.exit_code
     except Exception:  # our bug: the traceback, and the exit code that says so
         traceback.print_exc()
         return 70
-    finally:
-        _leave()
+    _leave()
     if log.RANK == 0:
         print(f"result: {out}")
         if (out / "manifest.json").is_file():

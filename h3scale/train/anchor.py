@@ -33,13 +33,13 @@ class _Piece:
 class DriftAnchor:
     """Remembers this rank's shard of the experts and adds the drift's gradient at the accumulation boundary."""
 
-    def __init__(self, engine: Any, recipe: Drift, expert_map: ExpertMap, moe_type: str):
+    def __init__(self, engine: Any, recipe: Drift, expert_map: ExpertMap, moe_type: str, num_layers: int):
         gammas = expert_gammas(recipe, expert_map)
         self.active = any(gammas)
         self.num_experts = expert_map.num_experts
         self.pieces = list(_pieces(engine, moe_type)) if self.active else []
         self.start = {p: _shard(p).clone() for p in {id(x.parameter): x.parameter for x in self.pieces}.values()}
-        self.num_layers = 1 + max((piece.layer for piece in self.pieces), default=0)
+        self.num_layers = num_layers
         self.gammas = gammas
         self.scale_LE = self._scales(engine) if self.active else torch.zeros(0)
 
@@ -69,9 +69,8 @@ class DriftAnchor:
         squares_LE = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64)
         for piece in self.pieces:
             squares_LE[piece.layer, piece.expert] += self.start[piece.parameter][piece.span].double().square().sum().cpu()
-        if dist.is_initialized():
-            squares_LE = squares_LE.to(engine.device)
-            dist.all_reduce(squares_LE)
+        squares_LE = squares_LE.to(engine.device)
+        dist.all_reduce(squares_LE)
         gammas_E = torch.tensor(self.gammas, dtype=torch.float64)
         return gammas_E / (self.num_layers * squares_LE.cpu().clamp_min(torch.finfo(torch.float32).tiny))
 
@@ -91,7 +90,7 @@ def _pieces(engine: Any, moe_type: str) -> Iterator[_Piece]:
         found = next((numbers for t in templates if (numbers := match(t, name))), None)
         if found is None or not parameter.requires_grad:
             continue
-        num_local_experts, rows, columns = getattr(parameter, "ds_shape", parameter.shape)
+        num_local_experts, rows, columns = parameter.ds_shape
         per_expert = rows * columns
         first_expert = engine.module.get_submodule(name.rsplit(".", 2)[0]).ep_rank * num_local_experts
         begin, length = _place(parameter)
@@ -104,35 +103,24 @@ def _pieces(engine: Any, moe_type: str) -> Iterator[_Piece]:
 
 def _place(parameter: torch.nn.Parameter) -> tuple[int, int]:
     """Where this rank's shard begins in the flattened parameter, and its length (its padding included)."""
-    if not hasattr(parameter, "ds_tensor"):
-        return 0, parameter.numel()
     shard: Any = parameter  # ZeRO-3 puts its attributes on the parameter
     length = shard.ds_tensor.numel()
     return length * dist.get_rank(shard.ds_process_group), length
 
 
 def _shard(parameter: torch.nn.Parameter) -> Tensor:
-    if hasattr(parameter, "ds_tensor"):
-        from deepspeed.utils import safe_get_local_fp32_param
+    from deepspeed.utils import safe_get_local_fp32_param
 
-        return safe_get_local_fp32_param(parameter)
-    return parameter.detach().flatten().float()
+    return safe_get_local_fp32_param(parameter)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    if hasattr(parameter, "ds_tensor"):
-        from deepspeed.utils import safe_get_local_grad
+    from deepspeed.utils import safe_get_local_grad
 
-        return safe_get_local_grad(parameter)
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.flatten()
+    return safe_get_local_grad(parameter)
 
 
 def _set_gradient(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
-    if hasattr(parameter, "ds_tensor"):
-        from deepspeed.utils import safe_set_local_grad
+    from deepspeed.utils import safe_set_local_grad
 
-        safe_set_local_grad(parameter, gradient)
-    else:
-        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+    safe_set_local_grad(parameter, gradient)

@@ -18,6 +18,7 @@ from h3scale.model.experts import ExpertMap
 from h3scale.model.families import AUTOEP_PRESETS
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
 from h3scale.model.trainable import freeze, group_of
+from h3scale.train.anchor import expert_gammas
 
 
 @dataclass
@@ -66,6 +67,13 @@ def start(recipe: TrainRecipe, where: str) -> Run:
             )
         moe = (AUTOEP_PRESETS[config.model_type], expert_map.num_experts)
     ds_config = complete(values, recipe, where, world_size, moe)
+    zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if moe and zero_stage != 3:
+        raise ConfigError(
+            f"{where}: deepspeed: {recipe.deepspeed} has ZeRO stage {zero_stage}; experts need stage 3 in this version"
+        )
+    if expert_map:
+        expert_gammas(recipe.drift, expert_map)  # its findings before anything is started
     counts = freeze(model, recipe.trainable)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     engine, *_ = deepspeed.initialize(
@@ -81,7 +89,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         rank=dist.get_rank(),
         world_size=world_size,
         micro_batches=ds_config["gradient_accumulation_steps"],
-        zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+        zero_stage=zero_stage,
     )
 
 

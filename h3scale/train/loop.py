@@ -13,7 +13,7 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.data.encode import Batch, encode_records
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.records import read_records
-from h3scale.errors import DataError
+from h3scale.errors import DataError, UnsafeError
 from h3scale.log import logger, progress
 from h3scale.model.router import membership_AE
 from h3scale.train.anchor import DriftAnchor
@@ -30,20 +30,21 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     A run that shards weights (ZeRO-3, or experts) leaves a training checkpoint `out/step-K` for `checkpoint consolidate`;
     a dense run without sharding leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`.
     """
-    out = Path(recipe.out)
+    out = Path(recipe.out).resolve()
+    _check_place(recipe, out)
     check_output(out, force)
     seed_everything(recipe.seed)
     run = start(recipe, where)
     loader = make_loader(recipe, run)
-    run_folder = out if run.zero_stage == 3 else out.with_name(f".run-{out.name}")
+    run_folder = out.with_name(f".run-{out.name}")  # becomes `out` when the run has ended well
     if run.rank == 0:
         _fresh(run_folder)
     torch.distributed.barrier()
     metrics = Metrics(run_folder / "metrics.jsonl", loader.alignments, run.engine.device)
-    anchor = DriftAnchor(run.engine, recipe.drift, run.expert_map, run.moe_type) if run.expert_map else None
+    anchor = make_anchor(recipe, run)
     steps_of_run(recipe, run, loader, metrics, anchor)
     if run.zero_stage == 3:
-        return save_checkpoint(run, recipe, loader, run_folder / f"step-{recipe.steps:06d}")
+        return save_checkpoint(run, recipe, loader, run_folder, out)
     return save_dense(run, recipe, run_folder, out, force)
 
 
@@ -86,6 +87,13 @@ def one_step(
         engine.step()
 
 
+def make_anchor(recipe: TrainRecipe, run: Run) -> DriftAnchor | None:
+    """The drift anchor of a fused model; None for a dense one."""
+    if run.expert_map is None:
+        return None
+    return DriftAnchor(run.engine, recipe.drift, run.expert_map, run.moe_type, run.config.num_hidden_layers)
+
+
 def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
     """The typed loader of a run: label order is the model's, or the order in which the records name alignments."""
     records = read_records(recipe.data.records, [recipe.alignment] if recipe.alignment else None)
@@ -123,6 +131,15 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _check_place(recipe: TrainRecipe, out: Path) -> None:
+    """Raises UnsafeError (77) when the output is, or holds, something that the run reads: --force would delete it."""
+    inputs = [name for name in (recipe.model, recipe.tokenizer, *recipe.data.records) if name]
+    inside = [name for name in inputs if Path(name).resolve().is_relative_to(out)]
+    if inside or Path.cwd().is_relative_to(out):
+        what = f"holds {', '.join(inside)}, which the run reads" if inside else "is a folder you are in"
+        raise UnsafeError(f"out: {recipe.out} {what} (choose another folder)")
 
 
 def _fresh(folder: Path) -> None:

@@ -50,8 +50,9 @@ class Metrics:
             line["drift"] = sums["drift"]
         line.update(extra, targets=targets, tokens=tokens, tokens_per_s=round(tokens / (now - self.began), 1))
         self.began = now
-        if not math.isfinite(line["lm"]):
-            raise DivergedError(f"step {step}: the loss is {line['lm']} (try a lower optimizer.learning_rate)")
+        broken = [name for name in ("lm", "router", "drift") if not math.isfinite(line.get(name, 0))]
+        if broken:
+            raise DivergedError([f"step {step}: {name} is {line[name]} (try a lower optimizer.learning_rate)" for name in broken])
         if dist.get_rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

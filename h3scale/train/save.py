@@ -1,6 +1,8 @@
 """What a training run leaves behind: a dense model folder, or a sharded checkpoint that is complete or not there."""
 
 import hashlib
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +37,13 @@ def save_dense(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, force
     return out
 
 
-def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, out: Path) -> Path:
-    """Writes a sharded checkpoint: all ranks into a partial folder, hashes, manifest, then one rename by rank 0.
+def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, run_folder: Path, out: Path) -> Path:
+    """Writes a sharded checkpoint `out/step-K`: all ranks into the run's folder, hashes, manifest, one rename by rank 0.
 
     Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `probe.safetensors` (a fixed input and
     the engine's logits on it, to prove a later conversion), `manifest.json` (sizes and sha256 of all files).
     """
-    partial = out.with_name(f".partial-{out.name}")
+    partial = run_folder / f"step-{recipe.steps:06d}"
     probe = _probe(run, loader)
     if run.rank == 0:
         (partial / "model").mkdir(parents=True)
@@ -55,12 +57,19 @@ def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, out: Pat
         for script in partial.glob("zero_to_*.py"):  # DeepSpeed adds scripts that refuse these very files
             script.unlink()
     dist.barrier()
-    _commit(run, recipe, partial, out)
-    return out
+    _commit(run, recipe, partial)
+    if run.rank == 0:
+        shutil.rmtree(out, ignore_errors=True)  # only --force comes here with something there
+        run_folder.rename(out)
+    dist.barrier()
+    return out / partial.name
 
 
-def _commit(run: Run, recipe: TrainRecipe, partial: Path, out: Path) -> None:
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
+def _commit(run: Run, recipe: TrainRecipe, partial: Path) -> None:
+    """Every rank hashes its share of the files; rank 0 writes the manifest, which makes the folder a checkpoint."""
+    listed = [sorted(path for path in partial.rglob("*") if path.is_file()) if run.rank == 0 else []]
+    dist.broadcast_object_list(listed)  # one list for all: shared file systems do not show the same to every node at once
+    files = listed[0]
     mine = {str(path.relative_to(partial)): _hash(path) for path in files[run.rank :: run.world_size]}
     gathered: list[Any] = [None] * run.world_size
     dist.all_gather_object(gathered, mine)
@@ -77,13 +86,13 @@ def _commit(run: Run, recipe: TrainRecipe, partial: Path, out: Path) -> None:
                 "files": hashes,
             },
         )
-        partial.rename(out)
     dist.barrier()
 
 
 def _hash(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
+            os.fsync(file.fileno())
             return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from error

@@ -11,9 +11,8 @@ import torch.distributed as dist
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
-from h3scale.train.anchor import DriftAnchor
 from h3scale.train.engine import start
-from h3scale.train.loop import make_loader, one_step, seed_everything
+from h3scale.train.loop import make_anchor, make_loader, one_step, seed_everything
 from h3scale.train.loss import Counts
 from h3scale.train.metrics import Metrics
 
@@ -28,7 +27,8 @@ def main(path: str, out: str, overrides: list[str]) -> None:
     run = start(recipe, path)
     loader = make_loader(recipe, run)
     assert run.expert_map
-    anchor = DriftAnchor(run.engine, recipe.drift, run.expert_map, run.moe_type)
+    anchor = make_anchor(recipe, run)
+    assert anchor
     for tensor in anchor.start.values():
         tensor.mul_(START_SHARE)
     anchor.scale_LE /= START_SHARE**2

@@ -42,3 +42,13 @@ def test_the_wheel_in_an_empty_environment_runs_the_quick_demo(tmp_path: Path) -
     assert "next: " in said
     for name in ("report.html", "results.json", "release/README.md", "models/fused/model.safetensors"):
         assert (tmp_path / "out" / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_same_seed_gives_the_same_results_twice(tmp_path: Path) -> None:
+    results = []
+    for name in ("one", "two"):
+        run(sys.executable, "-m", "h3scale.cli.main", "demo", "--quick", "--out", tmp_path / name, cwd=tmp_path)
+        results.append((tmp_path / name / "results.json").read_bytes())
+    assert results[0] == results[1]

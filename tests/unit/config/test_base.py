@@ -77,6 +77,16 @@ def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
         load_yaml(path)
 
 
+def test_a_recipe_that_extends_itself_and_a_list_as_a_key_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "loop.yaml"
+    path.write_text("extends: loop.yaml\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_yaml(path)
+    path.write_text("? [1, 2]\n: 3\n")
+    with pytest.raises(ConfigError, match="a key must be a word"):
+        load_yaml(path)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"nowhere\.yaml: no such file"):
         find(tmp_path / "nowhere.yaml")

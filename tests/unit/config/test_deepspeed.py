@@ -45,6 +45,20 @@ def test_auto_is_no_value(tmp_path: Path) -> None:
         read_deepspeed(write(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))
 
 
+@pytest.mark.parametrize(
+    ("values", "finding"),
+    [
+        ([1], "expected a JSON object, found list"),
+        ({"zero_optimization": 3}, "zero_optimization: expected a JSON object"),
+        ({"zero_optimization": {"stage": 9}}, r"zero_optimization\.stage: 9 \(works: 0, 1, 2, 3\)"),
+        ({"zero_optimization": {"offload_optimzer": {}}}, "did you mean 'offload_optimizer'"),
+    ],
+)
+def test_what_is_no_deepspeed_file_is_refused(tmp_path: Path, values: object, finding: str) -> None:
+    with pytest.raises(ConfigError, match=finding):
+        read_deepspeed(write(tmp_path, values))
+
+
 def test_the_batch_is_the_same_for_any_number_of_ranks() -> None:
     for world_size in (1, 2):
         config = complete({}, recipe("ep_size=1"), "r.yaml", world_size, ("mixtral", 4))

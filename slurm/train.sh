@@ -6,8 +6,9 @@
 #SBATCH --open-mode=append
 #
 # Trains a recipe on a Slurm cluster, one task a GPU:
-#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/train.sh recipes/demo/train.yaml [key=value ...]
-# Options of sbatch override the lines above. slurm/env.sh, when it is there, prepares the shell on every node
+#   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/train.sh RECIPE [key=value ...]
+# The ranks must divide the recipe's rows: data.rows_per_batch = ranks x rows_per_micro_batch x a whole number.
+# Options of sbatch override the lines above. slurm/env.sh, when it is there, prepares the shell on the first node, and srun passes it on
 # (modules, environment, network settings; see slurm/env.example.sh).
 set -euo pipefail
 

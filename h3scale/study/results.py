@@ -66,9 +66,9 @@ def show(out: Path, console: Console) -> None:
     console.print(table)
     accuracy = "  ".join(f"{name} {share:.1%}" for name, share in results["router"]["accuracy"].items())
     console.print(f"router accuracy on held-out records: {accuracy}")
-    for name, entry in results.get("exact_match", {}).items():
-        if name == "fused":
-            console.print("exact answers of the fused model: " + "  ".join(f"{a} {cell['exact']:.0%}" for a, cell in entry.items()))
+    exact = results.get("exact_match", {}).get("fused", {})
+    if any(cell["exact"] for cell in exact.values()):  # open questions have no one right answer
+        console.print("exact answers of the fused model: " + "  ".join(f"{a} {cell['exact']:.0%}" for a, cell in exact.items()))
     console.print(f"\nresult: {out / 'report.html'}  (numbers: {out / 'results.json'}, model: {out / 'release'})")
     console.print(f'next:   h3scale generate {out / "release"} "your question"')
 

@@ -30,8 +30,8 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     A run that shards weights (ZeRO-3, or experts) leaves a training checkpoint `out/step-K` for `checkpoint consolidate`;
     a dense run without sharding leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`.
     """
-    out = Path(recipe.out).resolve()
-    _check_place(recipe, out)
+    out = Path(recipe.out)
+    _check_place(recipe, out.resolve())
     check_output(out, force)
     seed_everything(recipe.seed)
     run = start(recipe, where)

@@ -73,7 +73,7 @@ class TypedLoader:
             raise DataError([f"alignment '{a}' has no records that fit into sequence_length = {length}" for a in missing])
 
     def batches(self) -> Iterator[GlobalBatch]:
-        """Global batches from the first one on; planning one takes well under a millisecond a row."""
+        """Global batches from the first one on."""
         streams = self._streams()
         used = [0] * len(streams)
         while True:

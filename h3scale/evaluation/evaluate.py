@@ -9,12 +9,12 @@ import torch
 
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.data.encode import Encoded
-from h3scale.errors import DataError, UsageError
+from h3scale.errors import UsageError
 from h3scale.evaluation.generate import Sample, choose, exact_match
 from h3scale.evaluation.routing import ROUTER_MODES, RoutingTally, route_for, route_for_alignment
 from h3scale.evaluation.score import RecordScore, Scores, score_encoded, summarise
 from h3scale.model.experts import ExpertMap
-from h3scale.model.start import load_model, load_tokenizer
+from h3scale.model.start import check_tokenizer, load_model, load_tokenizer
 
 MAX_NEW_TOKENS = 256
 
@@ -38,14 +38,9 @@ def open_model(folder: str | Path) -> tuple[Any, Any]:
     Raises MissingInputError (66) and DataError (65), also when the tokenizer knows more tokens than the model.
     """
     _ = ModelFolder(folder).specs  # its findings are clearer than transformers'
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     tokenizer = load_tokenizer(folder)
     model: Any = load_model(folder, torch.float32).eval()
-    if len(tokenizer) > model.config.vocab_size:
-        vocab_size = model.config.vocab_size
-        raise DataError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}: they do not fit")
+    check_tokenizer(model, tokenizer, str(folder))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -122,6 +122,8 @@ def _exact_match(findings: Findings) -> dict[str, Any]:
     found: dict[str, Any] = findings.results.get("exact_match") or {
         name: evaluation["exact_match"] for name, evaluation in findings.evaluations.items() if "exact_match" in evaluation
     }
+    if not any(cell["exact"] for table in found.values() for cell in table.values()):
+        return {}  # open questions have no one right answer: a column of zeros says nothing
     return {name: found[name] for name in (*findings.models, *found) if name in found}
 
 

@@ -116,7 +116,7 @@ def _probe(run: Run, loader: TypedLoader) -> dict[str, torch.Tensor]:
 
 def _config(run: Run) -> dict[str, Any]:
     config = run.config.to_dict()
-    config["dtype"] = "float32"
+    config["dtype"] = "float32"  # what consolidation writes: the optimizer's own weights
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)
     config["use_cache"] = True

@@ -92,7 +92,7 @@ def test_wrong_words_are_one_clear_line_each(place, tmp_path):
 def test_a_tokenizer_that_does_not_fit_is_refused(place, tmp_path, tokenizer):
     small = tmp_path / "small"
     save(make_dense(tokenizer, vocab_size=12), tokenizer, small)
-    with pytest.raises(DataError, match="21 tokens, the model 12: they do not fit"):
+    with pytest.raises(DataError, match="21 tokens, the model embeds 12: they do not belong together"):
         run(evaluate, small, "--records", place / "heldout.jsonl", "--out", tmp_path / "x.json")
     shutil.rmtree(small)
 

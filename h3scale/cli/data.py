@@ -1,5 +1,6 @@
 """h3scale data: the built-in records, the split, the tokenizer."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def builtin(
     """
     from importlib.resources import files
 
-    from h3scale.data.records import read_records
+    from h3scale.data.sources import read_records
 
     with _new(out, force) as folder:
         for name in ("train", "heldout"):
@@ -42,7 +43,8 @@ def split(
 
     Example: h3scale data split my-records data
     """
-    from h3scale.data.records import read_records, split_by_instruction, write_records
+    from h3scale.data.records import split_by_instruction, write_records
+    from h3scale.data.sources import read_records
     from h3scale.errors import DataError
 
     names = alignments.split(",")
@@ -73,7 +75,7 @@ def tokenizer(recipe: RecipeArgument, overrides: Overrides = None, force: Force 
     """
     from h3scale.config.base import load_recipe
     from h3scale.config.recipe import TokenizerRecipe
-    from h3scale.data.records import read_records
+    from h3scale.data.sources import read_records
     from h3scale.data.tokenizer import save_tokenizer, train_tokenizer
 
     settings = load_recipe(TokenizerRecipe, recipe, overrides or [])
@@ -84,6 +86,51 @@ def tokenizer(recipe: RecipeArgument, overrides: Overrides = None, force: Force 
     print(f"{len(trained):,} tokens from {len(records):,} records")
     print(f"result: {settings.out}")
     print("next:   h3scale train recipes/demo/base.yaml")
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option("--strict", help="One bad record is an error (data.bad_records=stop).")] = False,
+) -> None:
+    """Read, check, clean and tokenize a recipe's records once, into a store that is memory-mapped.
+
+    Run again, it finds the store; killed, it goes on where it was. Training does this by itself: do it beforehand
+    where the records are many, so that no GPU waits.
+
+    Example: h3scale data prepare recipes/demo/base.yaml data=my-records
+    """
+    from h3scale.config.base import load_recipe
+    from h3scale.config.recipe import TrainRecipe
+    from h3scale.data.prepare import prepare as prepare_store
+    from h3scale.data.prepare import prepared_folder
+    from h3scale.model.start import load_tokenizer
+
+    settings = load_recipe(TrainRecipe, recipe, [*(overrides or []), *(["data.bad_records=stop"] if strict else [])])
+    tokenizer = load_tokenizer(settings.tokenizer or settings.model)  # type: ignore[arg-type]
+    store = prepare_store(settings.data, tokenizer, prepared_folder(settings.data, settings.out))
+    for name, counts in store.manifest["counts"].items():
+        print(f"{name}: {counts['records']:,} records, {counts['tokens']:,} tokens, {counts['responses']:,} of answers")
+    dropped = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in sorted(store.manifest["dropped"].items()))
+    if dropped:
+        print(f"dropped: {dropped}: {store.folder / 'dropped.jsonl'} says which and why")
+    print(f"result: {store.folder}")
+    print(f"next:   h3scale data inspect {shlex.join([recipe, *(overrides or [])])}")
+
+
+@app.command()
+def adapters() -> None:
+    """List the public data sets whose fields are known, and under which licence they are.
+
+    Example: data.records=[{path: hub:tatsu-lab/alpaca}] or {path: alpaca.parquet, adapter: tatsu-lab/alpaca}
+    """
+    from h3scale.data.adapters import ADAPTERS
+
+    for adapter in ADAPTERS.values():
+        print(f"{adapter.name}: {adapter.alignment or 'alignment: NAME is required'}; licence: {adapter.licence}")
+        if adapter.note:
+            print(f"    {adapter.note}")
 
 
 def _new(out: Path, force: bool):

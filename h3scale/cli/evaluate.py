@@ -41,7 +41,7 @@ def evaluate(
     """
     names = _names(models, out)
     from h3scale.checkpoint.shards import check_output
-    from h3scale.data.records import read_records
+    from h3scale.data.sources import read_records
     from h3scale.evaluation.evaluate import Options
 
     check_output(out, force)

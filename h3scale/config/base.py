@@ -37,6 +37,8 @@ def find(path: str | Path) -> Path:
 def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None = None) -> R:
     """Reads a recipe, applies `key.sub=value` overrides (values are YAML), checks everything.
 
+    `data=PATH` is short for `data.records=[PATH]`.
+
     Raises ConfigError (78) with all findings, each `file: key: what is wrong (what would work)`.
     """
     values = load_yaml(find(path))
@@ -112,9 +114,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"'{override}': {parent} is a value, not a section")
     try:
-        place[last] = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"'{override}': the value is not valid YAML ({getattr(error, 'problem', error)})") from None
+    if key == "data" and isinstance(value, str):  # data=DIR: other records, all else as it is
+        place, last, value = values.setdefault("data", {}), "records", [value]
+    place[last] = value
 
 
 def _finding(where: str, schema: type[BaseModel], item: Any) -> str:

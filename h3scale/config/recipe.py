@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 from pydantic import Strict as Strict_
 
 from h3scale.config.base import Strict
+from h3scale.config.data import Data, Sources
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -34,24 +35,6 @@ class Architecture(Strict):
         if heads % shared:
             raise ValueError(f"num_key_value_heads: {shared} must divide num_attention_heads = {heads}")
         return self
-
-
-class Data(Strict):
-    """Which records, and how they become global batches.
-
-    `sequence_length`: tokens a row; records are packed into rows and cannot see each other.
-    `rows_per_batch`: rows of one optimizer step over all ranks, so it does not change with the cluster.
-    `balance`: `tokens` gives every alignment equally many tokens in a batch (the router sees all types equally often),
-    `records` equally many records, `none` takes the records as they come.
-    `prompt_weight`: how much a prompt's token counts in the LM loss beside a response's 1. 0 trains on answers only;
-    a base that has to learn to read needs a little, 1 is plain text.
-    """
-
-    records: list[str] = Field(min_length=1)
-    sequence_length: Positive = 256
-    rows_per_batch: Positive = 16
-    balance: Literal["tokens", "records", "none"] = "tokens"
-    prompt_weight: Share = 0.0
 
 
 class Optimizer(Strict):
@@ -133,7 +116,7 @@ class TrainRecipe(Strict):
 class TokenizerRecipe(Strict):
     """A SentencePiece tokenizer trained on records and written as a Hugging Face fast tokenizer with a chat template."""
 
-    records: list[str] = Field(min_length=1)
+    records: Sources
     vocab_size: Positive
     character_coverage: Share = 0.9995
     out: str

@@ -1,140 +1,133 @@
-"""From records to token ids by the tokenizer's chat template, and from packed rows to tensors.
+"""From records to token ids by the tokenizer's chat template. numpy only: preparing workers need no torch."""
 
-Shape suffixes: B rows, S tokens a row.
-"""
-
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from h3scale.data.records import Record
-from h3scale.errors import DataError
+from h3scale.errors import ConfigError, DataError
 
-IGNORE = -100  # a target that costs nothing, torch's default ignore_index
-PADDING, PROMPT, RESPONSE = 0, 1, 2  # roles of a token
+RESPONSE_BIT = 31  # set in a stored token that belongs to an answer; token ids stay below 2**31
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
-    """Token ids of one record: `num_prompt_tokens` of the rendered prompt, then the response and its end token."""
+    """One record and its `tokens`, (S,) uint32: the token id, and bit 31 set for the tokens of the assistant's turns."""
 
     record: Record
-    input_ids: list[int]
-    num_prompt_tokens: int
+    tokens: np.ndarray
+
+    @classmethod
+    def of(cls, record: Record, input_ids: Sequence[int], num_prompt_tokens: int) -> "Encoded":
+        """A prompt of that many tokens, then its answer."""
+        tokens = np.asarray(input_ids, np.uint32)
+        tokens[num_prompt_tokens:] |= np.uint32(1 << RESPONSE_BIT)
+        return cls(record, tokens)
+
+    @property
+    def input_ids(self) -> list[int]:
+        return (self.tokens & np.uint32((1 << RESPONSE_BIT) - 1)).tolist()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens before the first answer."""
+        answers = np.flatnonzero(self.tokens >> RESPONSE_BIT)
+        return int(answers[0]) if len(answers) else len(self.tokens)
 
     @property
     def num_response_tokens(self) -> int:
-        return len(self.input_ids) - self.num_prompt_tokens
+        return self.num_response_tokens_within(len(self.tokens))
+
+    def num_response_tokens_within(self, length: int) -> int:
+        """Tokens of answers among the first `length` tokens."""
+        return int((self.tokens[:length] >> RESPONSE_BIT).sum())
+
+    def cut(self, length: int) -> "Encoded":
+        """The record without what comes after its first `length` tokens."""
+        return Encoded(self.record, self.tokens[:length])
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of packed records, all (B, S) int64. A row's records cannot see each other: positions start at 0 again.
-
-    targets: the token that each position has to predict, IGNORE where none is asked for; no shift is needed.
-    target_weights: how much each target counts, float32: 1 in responses, `prompt_weight` in prompts.
-    alignment_ids: the record's alignment for every token, -1 on padding. roles: PADDING, PROMPT or RESPONSE.
-    record_ids: which of the encoded records a token is of, -1 on padding.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    targets: Tensor
-    target_weights: Tensor
-    alignment_ids: Tensor
-    roles: Tensor
-    record_ids: Tensor
-
-
-def render_prompt(tokenizer: Any, prompt: str) -> str:
-    """The text a model gets before it answers, by the tokenizer's chat template."""
-    messages = [{"role": "user", "content": prompt}]
+def render_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> str:
+    """The text a model gets before it answers a user's turn, or a conversation up to it, by the tokenizer's chat template."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def encode_records(tokenizer: Any, records: Sequence[Record]) -> list[Encoded]:
-    """Token ids of all records, in order. The template renders prompt and response, tokens are told apart by position.
+    """Token ids of all records, in order.
 
-    Raises DataError (65) when the tokenizer has no chat template, or one whose conversation does not begin with its prompt,
-    and for records whose text holds the tokenizer's special tokens.
+    Raises DataError (65) with every record that `encode_block` has a finding for.
+    """
+    encoded = encode_block(tokenizer, records)
+    findings = [f"record {r.id}: {item}" for r, item in zip(records, encoded, strict=True) if isinstance(item, str)]
+    if findings:
+        raise DataError(findings[:20] + ([f"and {len(findings) - 20} more"] if len(findings) > 20 else []))
+    return [Encoded(r, item) for r, item in zip(records, encoded, strict=True) if isinstance(item, np.ndarray)]
+
+
+def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray | str]:
+    """For each record its `tokens` (see Encoded), or what is wrong with it.
+
+    The chat template renders the whole conversation, and its beginning up to each of the assistant's turns: what lies
+    between is an answer, with the end-of-turn token that the template writes after it. Wrong are texts that hold the
+    tokenizer's special tokens, and templates whose conversation does not begin with its own beginning.
+    Raises ConfigError (78) when the tokenizer has no chat template or is not a fast one (its tokens have no places).
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
-    forged = [
-        f"record {record.id}: its text has the special token '{token}', which would end or begin a turn"
-        for record in records
-        for token in tokenizer.all_special_tokens
-        if token in record.prompt or token in record.response
-    ]
-    if forged:
-        raise DataError(forged[:20])
-    prompts = [render_prompt(tokenizer, record.prompt) for record in records]
-    texts = []
-    for record, prompt in zip(records, prompts, strict=True):
-        messages = [{"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.response}]
-        texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-        if not texts[-1].startswith(prompt):
-            raise DataError(f"record {record.id}: the chat template's conversation does not begin with its prompt")
-    if not texts:
-        return []
-    tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    encoded = []
-    for record, prompt, ids, offsets in zip(records, prompts, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-        num_prompt_tokens = sum(end <= len(prompt) for _, end in offsets)
-        encoded.append(Encoded(record, ids, num_prompt_tokens))
-    return encoded
+        raise ConfigError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"{tokenizer.name_or_path}: not a fast tokenizer (works: a folder with tokenizer.json)")
+    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or r"(?!)")
+    items: list[np.ndarray | str] = []
+    texts: list[str] = []
+    spans: list[list[tuple[int, int]]] = []
+    for record in records:
+        forged = next((m for turn in record.messages if (m := special.search(turn["content"]))), None)
+        rendered = None if forged else _render(tokenizer, record.messages)
+        if forged:
+            items.append(f"its text has the special token '{forged.group()}', which would end or begin a turn")
+        elif rendered is None:
+            items.append("the chat template's conversation does not begin with its prompt")
+        else:
+            items.append("")
+            texts.append(rendered[0])
+            spans.append(rendered[1])
+    encodings = iter(zip(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True))
+    return [item or _flagged(*next(encodings)) for item in items]
 
 
-def collate(
-    rows: Sequence[Sequence[int]],
-    encoded: Sequence[Encoded],
-    alignments: Sequence[str],
-    length: int,
-    pad_id: int,
-    prompt_weight: float = 0.0,
-) -> Batch:
-    """Tensors of some rows, each a list of indices into `encoded`, padded to `length` tokens.
-
-    `prompt_weight` above 0 asks for the prompts' tokens as well (a base learns to read). Records longer than `length`
-    are cut at the end. An alignment that is not in `alignments` gets id -1.
-    """
-    shape = (len(rows), length)
-    arrays: dict[str, np.ndarray] = {
-        "input_ids": np.full(shape, pad_id, np.int64),
-        "position_ids": np.zeros(shape, np.int64),
-        "targets": np.full(shape, IGNORE, np.int64),
-        "target_weights": np.zeros(shape, np.float32),
-        "alignment_ids": np.full(shape, -1, np.int64),
-        "roles": np.full(shape, PADDING, np.int64),
-        "record_ids": np.full(shape, -1, np.int64),
-    }
-    label_of = {alignment: i for i, alignment in enumerate(alignments)}
-    for b, row in enumerate(rows):
-        start = 0
-        for index in row:
-            item = encoded[index]
-            ids = np.asarray(item.input_ids[: length - start], np.int64)
-            end = start + len(ids)
-            arrays["input_ids"][b, start:end] = ids
-            arrays["position_ids"][b, start:end] = np.arange(len(ids))
-            arrays["alignment_ids"][b, start:end] = label_of.get(item.record.alignment, -1)
-            arrays["record_ids"][b, start:end] = index
-            arrays["roles"][b, start:end] = np.where(np.arange(len(ids)) < item.num_prompt_tokens, PROMPT, RESPONSE)
-            first = 1 if prompt_weight > 0 else item.num_prompt_tokens
-            arrays["targets"][b, start + first - 1 : end - 1] = ids[first:]
-            in_response = np.arange(first, len(ids)) >= item.num_prompt_tokens
-            arrays["target_weights"][b, start + first - 1 : end - 1] = np.where(in_response, 1.0, prompt_weight)
-            start = end
-        arrays["position_ids"][b, start:] = np.arange(length - start)
-    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]] | None:
+    """The conversation as text, and from where to where the assistant speaks; None where the template is not a prefix."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        after = text if i == len(messages) - 1 else tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not text.startswith(before) or not text.startswith(after) or len(after) <= len(before):
+            return None
+        spans.append((len(before), len(after)))
+    return text, spans
 
 
-def target_weight(item: Encoded, length: int, prompt_weight: float) -> float:
-    """The sum of a record's target weights when it starts a row of `length`; the loader adds these up."""
-    kept = min(len(item.input_ids), length)
-    in_prompt = min(kept, item.num_prompt_tokens) - 1
-    return max(0, kept - item.num_prompt_tokens) + prompt_weight * max(0, in_prompt)
+def _flagged(encoding: Any, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Ids with the answer's bit. A token that reaches over the beginning of an answer belongs to the answer."""
+    tokens = np.array(encoding.ids, np.uint32)
+    size = len(tokens)
+    for begin, end in spans:
+        first = _token_at(encoding, begin, size)
+        last = _token_at(encoding, end, size)
+        tokens[first:last] |= np.uint32(1 << RESPONSE_BIT)
+    return tokens
+
+
+def _token_at(encoding: Any, char: int, size: int) -> int:
+    """The first token that ends after this character's beginning; `size` past the end."""
+    token = encoding.char_to_token(char)
+    if token is not None:
+        return token
+    return next((i for i, (_, end) in enumerate(encoding.offsets) if end > char), size)

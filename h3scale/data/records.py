@@ -1,130 +1,249 @@
-"""Records: one line of JSON each, with its alignment in it. Broken lines are named by file and line, all at once."""
+"""Records: one line of JSON each, with its alignment in it. What is wrong with a line is said in one clause."""
 
+import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from h3scale.errors import DataError, MissingInputError
+Turn = tuple[str, str]  # (role, content)
+Row = Mapping[str, Any]
 
-MAX_SHOWN = 20  # findings printed before "and N more"
+COMMON = ("id", "alignment", "type", "source", "metadata")
+FORMS = {"messages": ("messages",), "instruction": ("instruction", "input", "output"), "prompt": ("prompt", "response")}
+KNOWN = {form: frozenset((*COMMON, *keys)) for form, keys in FORMS.items()}
+ROLES = ("system", "user", "assistant")
+
+
+class BadRow(ValueError):
+    """What is wrong with one line or row, without its place: the caller knows that."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction and its answer. `alignment` is the label; it is never kept anywhere else."""
+    """One conversation, trained on its last answer. `alignment` is the label; it is never kept anywhere else.
+
+    prompt: the last user turn. response: the last assistant turn. history: the turns before those two, oldest first.
+    """
 
     id: str
     alignment: str
     prompt: str
     response: str
     source: str = ""
+    history: tuple[Turn, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        turns = (*self.history, ("user", self.prompt), ("assistant", self.response))
+        return [{"role": role, "content": content} for role, content in turns]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
-
-
-def read_records(paths: Iterable[str | Path], alignments: Sequence[str] | None = None) -> list[Record]:
-    """All records of some JSONL files, in file order; with `alignments`, only theirs.
-
-    Two sets of fields are read: `alignment, prompt, response` (`id` and `source` if present), and
-    `type, instruction, input, output`, where `input` follows the instruction after an empty line.
-    Raises MissingInputError (66) for missing files, DataError (65) for every broken line and for an alignment that has
-    no record.
-    """
-    records: list[Record] = []
-    findings: list[str] = []
-    seen: dict[str, str] = {}
-    missing = [f"{path}: no such file" for path in paths if not Path(path).is_file()]
-    if missing:
-        raise MissingInputError(missing)
-    for path in map(Path, paths):
-        for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            where = f"{path}:{number}"
-            try:
-                record = _parse(line, f"{path.stem}-{number}")
-                if record.id in seen:
-                    raise ValueError(f"id '{record.id}' was used before, in {seen[record.id]}")
-            except ValueError as error:
-                findings.append(f"{where}: {error}")
-                continue
-            seen[record.id] = where
-            records.append(record)
-    if alignments is not None:
-        records = [record for record in records if record.alignment in alignments]
-        present = {record.alignment for record in records}
-        named = ", ".join(str(path) for path in paths)
-        findings += [f"{named}: alignment '{a}' has no records" for a in alignments if a not in present]
-    if findings:
-        more = [f"and {len(findings) - MAX_SHOWN} more"] if len(findings) > MAX_SHOWN else []
-        raise DataError(findings[:MAX_SHOWN] + more)
-    return records
+        said = {"messages": self.messages} if self.history else {"prompt": self.prompt, "response": self.response}
+        return json.dumps({"id": self.id, "alignment": self.alignment, **said, "source": self.source}, ensure_ascii=False)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """JSONL, by atomic rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text("".join(record.to_json() + "\n" for record in records), encoding="utf-8")
+    with partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(record.to_json() + "\n" for record in records)
     partial.replace(path)
 
 
 def split_by_instruction(records: Sequence[Record], heldout_share: float, seed: int = 0) -> tuple[list[Record], list[Record]]:
     """(train, held-out), cut by instruction and never by record: equal instructions are always on the same side.
 
-    The instruction is the prompt up to its first empty line. Which side is a hash of (seed, instruction), so it does
-    not depend on the order of the records or on the other records.
+    The instruction is what the conversation's first user turn says up to its first empty line. Which side is a hash of
+    (seed, instruction), so it does not depend on the order of the records or on the other records.
     """
     train: list[Record] = []
     heldout: list[Record] = []
     for record in records:
-        instruction = " ".join(record.prompt.split("\n\n")[0].lower().split())
+        opening = next((content for role, content in record.history if role == "user"), record.prompt)
+        instruction = " ".join(opening.split("\n\n")[0].lower().split())
         digest = hashlib.sha256(f"{seed}:{instruction}".encode()).digest()
         (heldout if int.from_bytes(digest[:8], "big") / 2**64 < heldout_share else train).append(record)
     return train, heldout
 
 
-def _parse(line: bytes, default_id: str) -> Record:
-    if not line.strip():
-        raise ValueError("an empty line")
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line, which still has its line end if the file has one there. Raises BadRow."""
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8 at byte {error.start + 1}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON at character {error.pos + 1} ({error.msg})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
-    if "instruction" in value:
-        extra = value.get("input") or ""
-        fields = {
-            "alignment": value.get("type", value.get("alignment")),
-            "prompt": f"{_text(value, 'instruction')}\n\n{extra}" if extra else _text(value, "instruction"),
-            "response": _text(value, "output"),
-        }
+        value = _DECODER.decode(line.decode("utf-8"))
+    except BadRow:
+        raise
+    except RecursionError:
+        raise BadRow("nested too deeply (works: messages and metadata of a few levels)") from None
+    except ValueError as error:
+        raise BadRow(_malformed(line, error)) from None
+    if type(value) is not dict:
+        raise BadRow(f"expected a JSON object, found {kind_of(value)}")
+    return value
+
+
+def record_of(row: Row, default_id: str, alignment: str | None = None) -> Record:
+    """A record from our own fields; `alignment` is for rows that name none. Raises BadRow with the first thing that is wrong.
+
+    Texts: `prompt, response`, or `instruction, output` with `input` after an empty line, or `messages`. Beside them:
+    `id`, `alignment` (or `type`), `source`, and `metadata`, which may be anything and is not kept. A null or empty id,
+    alignment, source or input counts as none.
+    """
+    form = "messages" if "messages" in row else "instruction" if "instruction" in row or "output" in row else "prompt"
+    if not row.keys() <= KNOWN[form]:
+        _refuse_key(row, form)
+    history: tuple[Turn, ...] = ()
+    if form == "prompt":
+        prompt, response = text_of(row, "prompt"), text_of(row, "response")
+    elif form == "instruction":
+        prompt, response = joined(text_of(row, "instruction"), optional_text(row, "input")), text_of(row, "output")
     else:
-        fields = {key: _text(value, key) for key in ("alignment", "prompt", "response")}
-    for key, content in fields.items():
-        if not isinstance(content, str) or not content.strip():
-            raise ValueError(f"'{key}' must be a text that is not empty")
-    return Record(str(value.get("id", default_id)), source=str(value.get("source", "")), **fields)
+        history, prompt, response = _conversation(row["messages"])
+    return Record(_id(row, default_id), _alignment(row, alignment), prompt, response, optional_text(row, "source"), history)
 
 
-def _text(value: dict[str, Any], key: str) -> Any:
-    if key not in value:
-        raise ValueError(f"'{key}' is missing (found: {', '.join(value) or 'nothing'})")
-    return value[key]
+def check_sound(record: Record) -> None:
+    """Raises BadRow for characters that no tokenizer and no file takes: NUL, and halves of surrogate pairs.
+
+    Valid UTF-8 has no surrogates and valid JSON no raw NUL, so a line without an escape has no need of this.
+    """
+    fields = [("id", record.id), ("alignment", record.alignment), ("source", record.source)]
+    fields += [(message["role"], message["content"]) for message in record.messages]
+    for name, text in fields:
+        if "\0" in text:
+            raise BadRow(f"{name}: has a NUL character (\\u0000) at character {text.index(chr(0)) + 1}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise BadRow(f"{name}: has half a surrogate pair ({half}) at character {error.start + 1}") from None
+
+
+def text_of(row: Row, key: str, where: str = "") -> str:
+    """A text that is there and says something; `where` is what precedes the key in the finding."""
+    if key not in row:
+        raise BadRow(f"{where}{key}: is missing (found: {names_of(row)})")
+    value = row[key]
+    if type(value) is not str:
+        raise BadRow(f"{where}{key}: expected a text, found {kind_of(value)}")
+    if not value or value.isspace():
+        raise BadRow(f"{where}{key}: is empty")
+    return value
+
+
+def optional_text(row: Row, key: str) -> str:
+    """A text, or "" where it is absent, null or blank."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if type(value) is not str:
+        raise BadRow(f"{key}: expected a text, found {kind_of(value)}")
+    return "" if value.isspace() else value
+
+
+def joined(instruction: str, context: str) -> str:
+    return f"{instruction}\n\n{context}" if context else instruction
+
+
+def kind_of(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def names_of(row: Row) -> str:
+    """The keys of a row for a finding: on one line, whatever is in them, and not too many."""
+    names = [shown(key) for key in list(row)[:12]]
+    return ", ".join([*names, "..."] if len(row) > 12 else names) or "nothing"
+
+
+def shown(text: str) -> str:
+    """As it can be printed on one line."""
+    return repr(text)[1:-1] if len(text) <= 40 else repr(text[:40])[1:-1] + "..."
+
+
+def _conversation(messages: Any) -> tuple[tuple[Turn, ...], str, str]:
+    if type(messages) is not list:
+        raise BadRow(f"messages: expected a list, found {kind_of(messages)}")
+    turns = [_turn(message, f"messages.{index}") for index, message in enumerate(messages)]
+    if not turns:
+        raise BadRow("messages: is empty")
+    if all(role != "assistant" for role, _ in turns):
+        raise BadRow("messages: no assistant turn")
+    start = int(turns[0][0] == "system")
+    for index, (role, _) in enumerate(turns[start:]):
+        expected = ROLES[1 + index % 2]
+        if role != expected:
+            raise BadRow(f"messages.{start + index}.role: expected {expected}, found {role}")
+    if turns[-1][0] != "assistant":
+        raise BadRow(f"messages.{len(turns) - 1}.role: the last turn must be the assistant's, found {turns[-1][0]}")
+    return tuple(turns[:-2]), turns[-2][1], turns[-1][1]
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if type(message) is not dict:
+        raise BadRow(f"{where}: expected an object with role and content, found {kind_of(message)}")
+    for key, value in message.items():
+        if key not in ("role", "content") and value is not None:  # a table has every column in every row
+            raise BadRow(f"{where}.{shown(key)}: unknown key (works: role, content)")
+    role = text_of(message, "role", f"{where}.")
+    if role not in ROLES:
+        raise BadRow(f"{where}.role: unknown role '{shown(role)}' (works: {', '.join(ROLES)})")
+    return role, text_of(message, "content", f"{where}.")
+
+
+def _id(row: Row, default: str) -> str:
+    value = row.get("id")
+    if type(value) is int:
+        return str(value)
+    if value is not None and type(value) is not str:
+        raise BadRow(f"id: expected a text or a whole number, found {kind_of(value)}")
+    return value if value and not value.isspace() else default
+
+
+def _alignment(row: Row, default: str | None) -> str:
+    named, typed = optional_text(row, "alignment"), optional_text(row, "type")
+    if named and typed and named != typed:
+        raise BadRow(f"type: '{shown(typed)}' differs from alignment '{shown(named)}' (works: one of the two)")
+    alignment = named or typed or default
+    if not alignment:
+        raise BadRow(f"alignment: is missing (found: {names_of(row)}; works too: alignment of the whole source)")
+    return alignment
+
+
+def _refuse_key(row: Row, form: str) -> NoReturn:
+    known = [key for key in (*FORMS[form], *COMMON)]
+    key = next(key for key in row if key not in known)
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"works: {', '.join(known)}"
+    raise BadRow(f"{shown(key)}: unknown key ({hint})")
+
+
+def _malformed(line: bytes, error: ValueError) -> str:
+    if b"\0" in line:
+        return f"a NUL byte at byte {line.index(0) + 1} (the file was damaged, as by a crash)"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8 at byte {error.start + 1}"
+    if not isinstance(error, json.JSONDecodeError):  # int() refuses thousands of digits
+        return "a number with too many digits"
+    cut = "" if line.endswith(b"\n") else "; the line has no end: the file was cut off"
+    array = "; works: an object on each line, not one array" if line.startswith(b"[") else ""
+    return f"not valid JSON at character {error.pos + 1} ({error.msg}{cut}{array})"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = {key for key in keys if keys.count(key) > 1}
-    if twice:
-        raise ValueError(f"'{sorted(twice)[0]}' is written twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise BadRow(f"{shown(twice)}: is written twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise BadRow(f"{name} is not JSON (works: a number or null)")
+
+
+# Made once: json.loads with arguments would make a decoder for every line.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)

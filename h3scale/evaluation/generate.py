@@ -121,8 +121,11 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 256)
     return trace(model, tokenizer, answer)
 
 
-def answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[Answer]:
-    """The greedy answers to some prompts, generated as one batch; empty where the prompt leaves no room for one."""
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str | Sequence[dict[str, str]]], max_new_tokens: int) -> list[Answer]:
+    """The greedy answers to some prompts (texts, or conversations up to the answer), generated as one batch.
+
+    An answer is empty where the prompt leaves no room for one.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
     texts = [render_prompt(tokenizer, prompt) for prompt in prompts]
@@ -217,7 +220,7 @@ def exact_match(
             hits = 0
             with route(alignment) if route else nullcontext():
                 for part in _batches(group):
-                    given = answers(model, tokenizer, [record.prompt for record in part], max_new_tokens)
+                    given = answers(model, tokenizer, [record.messages[:-1] for record in part], max_new_tokens)
                     bar.advance(len(part))
                     for record, answer in zip(part, given, strict=True):
                         exact = normalise(answer.text) == normalise(record.response)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h3scale.data.encode import PADDING, PROMPT, RESPONSE, Batch, Encoded
+from h3scale.data.collate import PADDING, PROMPT, RESPONSE, Batch
+from h3scale.data.encode import Encoded
 from h3scale.errors import DataError, UsageError
 from h3scale.evaluation.score import Route
 from h3scale.model.accuracy import record_log_probs, share_correct

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from h3scale.data.encode import IGNORE, Batch, Encoded, collate, encode_records
+from h3scale.data.collate import IGNORE, Batch, collate
+from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.packing import pack
 from h3scale.data.records import Record
+from h3scale.data.store import Tokens
 from h3scale.errors import DataError
 from h3scale.log import progress
 
@@ -86,7 +88,8 @@ def score_encoded(
     forward. `alignments` numbers the batches' `alignment_ids`.
     """
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
-    lengths = [min(len(item.input_ids), limit) for item in encoded]
+    lengths = [min(len(item.tokens), limit) for item in encoded]
+    tokens = Tokens.of(encoded, alignments)
     length = min(limit, max([ROW_TOKENS, *lengths]))
     rows = pack(lengths, length)
     rows_per_batch = max(1, min(BATCH_TOKENS, BATCH_LOGITS // model.config.vocab_size) // length)
@@ -94,7 +97,7 @@ def score_encoded(
     with progress(what, sum(lengths), "tokens") as bar, torch.inference_mode():
         for first in range(0, len(rows), rows_per_batch):
             chosen = rows[first : first + rows_per_batch]
-            batch = collate(chosen, encoded, alignments, length, pad_id=0)
+            batch = collate(chosen, tokens, length, pad_id=0)
             with route(batch) if route else nullcontext():
                 _add_batch(model, batch, nll_sums, observe)
             bar.advance(sum(lengths[index] for row in chosen for index in row))
@@ -117,8 +120,8 @@ def _collect(encoded: Sequence[Encoded], nll_sums: Tensor, limit: int) -> Scores
     scores = Scores([], [])
     cut = 0
     for index, (item, nll_sum) in enumerate(zip(encoded, nll_sums.tolist(), strict=True)):
-        cut += len(item.input_ids) > limit
-        tokens = max(0, min(len(item.input_ids), limit) - item.num_prompt_tokens)
+        cut += len(item.tokens) > limit
+        tokens = item.num_response_tokens_within(limit)
         if tokens:
             record = item.record
             scores.records.append(RecordScore(record.id, record.alignment, nll_sum, tokens, record.source))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from h3scale.checkpoint.shards import ModelFolder, check_output, copy_tokenizer, new_folder, write_json, write_model
 from h3scale.config.fuse import FuseRecipe, RouterStart
 from h3scale.data.encode import Encoded, encode_records
-from h3scale.data.records import Record, read_records, split_by_instruction
+from h3scale.data.records import Record, split_by_instruction
+from h3scale.data.sources import read_records
 from h3scale.errors import DataError, UnsafeError
 from h3scale.fusion.plan import Plan, PlannedTensor, make_plan
 from h3scale.fusion.router_init import cut, fit_router, random_rows, router_accuracy, set_routers

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from h3scale.config.fuse import RouterStart
-from h3scale.data.encode import PADDING, PROMPT, RESPONSE, Batch, Encoded, collate
+from h3scale.data.collate import PADDING, PROMPT, RESPONSE, Batch, collate
+from h3scale.data.encode import Encoded
 from h3scale.data.packing import pack
+from h3scale.data.store import Tokens
 from h3scale.fusion.solve import Logistic, PromptMean, Ridge, Solver, best_scale
 from h3scale.log import progress
 from h3scale.model.accuracy import record_log_probs, share_correct
@@ -68,7 +70,7 @@ def _solver(model: nn.Module, expert_map: ExpertMap, fit: Sequence[Encoded], sta
         return Logistic(num_layers, len(alignments), start.ridge)
     if start.init == "prompt_mean":
         return PromptMean(num_layers, len(alignments))
-    tokens = [sum(len(e.input_ids) for e in fit if e.record.alignment == alignment) for alignment in alignments]
+    tokens = [sum(len(e.tokens) for e in fit if e.record.alignment == alignment) for alignment in alignments]
     return Ridge(num_layers, tokens, start.ridge)
 
 
@@ -105,7 +107,7 @@ def oracle_pass(
 
     `use(layer, alignment_id, hidden_TH, is_prompt_T)` gets the fp64 input of each layer's router, without padding.
     """
-    with progress("router start", sum(len(item.input_ids) for item in encoded), "tokens") as bar:
+    with progress("router start", sum(len(item.tokens) for item in encoded), "tokens") as bar:
         for alignment_id, alignment in enumerate(expert_map.alignments):
             own = [item for item in encoded if item.record.alignment == alignment]
             with forced_routing(model, expert_weights(expert_map, alignment)):
@@ -149,19 +151,20 @@ def router_accuracy(model: nn.Module, encoded: Sequence[Encoded], expert_map: Ex
 
 def cut(encoded: Sequence[Encoded], max_tokens: int) -> list[Encoded]:
     """Records no longer than `max_tokens`."""
-    return [Encoded(e.record, e.input_ids[:max_tokens], min(e.num_prompt_tokens, max_tokens)) for e in encoded]
+    return [item.cut(max_tokens) for item in encoded]
 
 
 def _batches(encoded: Sequence[Encoded]) -> Iterator[Batch]:
     """All records whole, packed into rows that are no longer than they need be. Alignment ids are left at -1."""
-    lengths = [len(item.input_ids) for item in encoded]
+    lengths = [len(item.tokens) for item in encoded]
     if not lengths:
         return
     capacity = max(max(lengths), min(ROW_TOKENS, sum(lengths)))
     rows = pack(lengths, capacity)
+    tokens = Tokens.of(encoded, ())
     rows_per_batch = max(1, BATCH_TOKENS // capacity)
     for first in range(0, len(rows), rows_per_batch):
-        yield collate(rows[first : first + rows_per_batch], encoded, (), capacity, pad_id=0)
+        yield collate(rows[first : first + rows_per_batch], tokens, capacity, pad_id=0)
 
 
 @torch.no_grad()

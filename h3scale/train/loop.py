@@ -1,7 +1,6 @@
 """The training loop: from a recipe to a committed checkpoint. Every rank runs this."""
 
 import random
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 
 from h3scale.checkpoint.shards import check_output
 from h3scale.config.recipe import TrainRecipe
-from h3scale.data.encode import Batch, encode_records
+from h3scale.data.collate import Batch
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
-from h3scale.data.records import read_records
-from h3scale.errors import DataError, UnsafeError
+from h3scale.data.prepare import prepare, prepared_folder, relevant_alignments
+from h3scale.data.store import open_store
+from h3scale.errors import UnsafeError
 from h3scale.log import logger, progress
 from h3scale.model.router import membership_AE
 from h3scale.train.anchor import DriftAnchor
@@ -53,7 +53,8 @@ def steps_of_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Me
     tokens_per_step = recipe.data.rows_per_batch * recipe.data.sequence_length
     run.engine.train()
     with progress("train", recipe.steps * tokens_per_step, "tokens") as bar:
-        for step, batch in enumerate(islice(loader.batches(), recipe.steps)):
+        for step in range(recipe.steps):
+            batch = loader.batch(step)
             share = learning_rate_share(step, recipe.steps, recipe.optimizer)
             set_learning_rate(run.engine, share)
             counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
@@ -77,7 +78,7 @@ def one_step(
     member_AE = membership_AE(run.expert_map, engine.device) if run.expert_map else None
     parts = run.world_size * run.micro_batches
     for rows in rows_of_rank(batch, run.rank, run.world_size, recipe.rows_per_micro_batch):
-        tensors = _to(loader.batch(rows, run.tokenizer.pad_token_id or 0), engine.device)
+        tensors = _to(loader.tensors(rows, run.tokenizer.pad_token_id or 0), engine.device)
         losses = compute_losses(engine, tensors, counts, recipe.router, loader.alignments, member_AE, parts)
         engine.backward(losses.total)  # LM + router
         metrics.add(losses.sums)
@@ -95,35 +96,36 @@ def make_anchor(recipe: TrainRecipe, run: Run) -> DriftAnchor | None:
 
 
 def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
-    """The typed loader of a run: label order is the model's, or the order in which the records name alignments."""
-    records = read_records(recipe.data.records, [recipe.alignment] if recipe.alignment else None)
-    if not records:
-        raise DataError(f"data.records: {', '.join(recipe.data.records)}: no records")
-    if recipe.alignment:
-        alignments = [recipe.alignment]
-    elif run.expert_map:
-        alignments = list(run.expert_map.alignments)
-        unknown = sorted({record.alignment for record in records} - set(alignments))
-        if unknown:
-            known = ", ".join(alignments)
-            raise DataError([f"data.records: alignment '{name}' is none of the model's ({known})" for name in unknown])
-    else:
-        alignments = list(dict.fromkeys(record.alignment for record in records))
-    loader = TypedLoader(
-        encode_records(run.tokenizer, records),
-        alignments,
-        seed=recipe.seed,
-        rows_per_batch=recipe.data.rows_per_batch,
-        length=recipe.data.sequence_length,
-        balance=recipe.data.balance,
-        prompt_weight=recipe.data.prompt_weight,
-    )
-    length = recipe.data.sequence_length
-    if run.rank == 0 and loader.num_unusable:
-        logger.warning("%d records left out: their prompt fills sequence_length = %d", loader.num_unusable, length)
-    if run.rank == 0 and loader.num_cut:
-        logger.warning("%d records cut at sequence_length = %d tokens", loader.num_cut, length)
+    """The typed loader of a run: label order is the model's, or the order in which the records name alignments.
+
+    The first rank prepares records and plan, if that has not been done; the others then open what it made.
+    """
+    root = prepared_folder(recipe.data, recipe.out)
+    failure: list[Exception | None] = [None]
+    folder: list[str] = [""]
+    if run.rank == 0:
+        try:
+            folder = [str(prepare(recipe.data, run.tokenizer, root).folder)]
+            _open_loader(recipe, run, folder[0])
+        except Exception as error:  # told to the other ranks, which wait for it
+            failure = [error]
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+    torch.distributed.broadcast_object_list(folder)
+    loader = _open_loader(recipe, run, folder[0])
+    if run.rank == 0:
+        loader.check_lengths()
+        for step, alignment in loader.plan.ended:
+            logger.warning("%s reaches data.max_epochs at step %d; its share goes to the others", alignment, step)
     return loader
+
+
+def _open_loader(recipe: TrainRecipe, run: Run, folder: str) -> TypedLoader:
+    store = open_store(folder)
+    known = run.expert_map.alignments if run.expert_map else None
+    alignments = relevant_alignments(store, recipe.alignment, known)
+    return TypedLoader(store, recipe.data, seed=recipe.seed, alignments=alignments, steps=recipe.steps)
 
 
 def seed_everything(seed: int) -> None:
@@ -135,7 +137,9 @@ def seed_everything(seed: int) -> None:
 
 def _check_place(recipe: TrainRecipe, out: Path) -> None:
     """Raises UnsafeError (77) when the output is, or holds, something that the run reads: --force would delete it."""
-    inputs = [name for name in (recipe.model, recipe.tokenizer, *recipe.data.records) if name]
+    records = [source if isinstance(source, str) else source.path for source in recipe.data.records]
+    prepared = str(prepared_folder(recipe.data, recipe.out))
+    inputs = [name for name in (recipe.model, recipe.tokenizer, *records, prepared) if name]
     inside = [name for name in inputs if Path(name).resolve().is_relative_to(out)]
     if inside or Path.cwd().is_relative_to(out):
         what = f"holds {', '.join(inside)}, which the run reads" if inside else "is a folder you are in"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from h3scale.config.recipe import RouterLoss
-from h3scale.data.encode import IGNORE, PADDING, PROMPT, RESPONSE, Batch
+from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
 from h3scale.model.router import alignment_log_probs, router_loss_sum
 
 ROLES_OF_VOTE = {"prompt": (PROMPT,), "response": (RESPONSE,), "both": (PROMPT, RESPONSE)}

@@ -101,7 +101,7 @@ def _hash(path: Path) -> dict[str, Any]:
 @torch.no_grad()
 def _probe(run: Run, loader: TypedLoader) -> dict[str, torch.Tensor]:
     """A fixed input (the first records) and the engine's logits on it. Every rank runs it: experts are spread."""
-    ids = [token for item in loader.encoded[:PROBE_TOKENS] for token in item.input_ids][:PROBE_TOKENS]
+    ids = (loader.records.tokens[:PROBE_TOKENS] & loader.records.id_mask).tolist()
     input_ids = torch.tensor([ids], device=run.engine.device)
     position_ids = torch.arange(len(ids), device=run.engine.device)[None]
     run.engine.eval()

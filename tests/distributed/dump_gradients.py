@@ -44,7 +44,7 @@ def main(path: str, out: str, overrides: list[str]) -> None:
         return step()
 
     step, run.engine.step = run.engine.step, keep
-    batch = next(loader.batches())
+    batch = loader.batch(0)
     counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
     run.engine.train()
     one_step(recipe, run, loader, batch, counts, metrics, anchor)

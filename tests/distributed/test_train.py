@@ -14,9 +14,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
-from h3scale.data.encode import IGNORE, collate, encode_records
+from h3scale.data.collate import IGNORE, collate
+from h3scale.data.encode import encode_records
 from h3scale.data.loader import TypedLoader
-from h3scale.data.records import read_records
+from h3scale.data.sources import read_records
+from h3scale.data.store import Tokens
 from h3scale.launch.local import rank_command, run_ranks
 from h3scale.model.experts import ExpertMap
 from h3scale.model.router import membership_AE, router_loss_sum
@@ -81,7 +83,12 @@ def make_world(folder: Path, experts: tuple[str | None, ...]) -> Path:
     recipe = {
         "model": str(folder / "moe"),
         "out": str(folder / "out"),
-        "data": {"records": [str(folder / "records.jsonl")], "sequence_length": 48, "rows_per_batch": 8},
+        "data": {
+            "records": [str(folder / "records.jsonl")],
+            "sequence_length": 48,
+            "rows_per_batch": 8,
+            "hygiene": {"exact_duplicates": False, "near_duplicates": None},
+        },
         "steps": 4,
         "rows_per_micro_batch": 1,
         "trainable": ["experts", "router"],
@@ -103,15 +110,9 @@ def reference(world: Path, recipe: TrainRecipe) -> tuple[dict[str, torch.Tensor]
     encoded = encode_records(tokenizer, read_records(recipe.data.records))
     expert_map = ExpertMap.from_config(model.config)
     assert expert_map
-    loader = TypedLoader(
-        encoded,
-        expert_map.alignments,
-        seed=recipe.seed,
-        rows_per_batch=recipe.data.rows_per_batch,
-        length=recipe.data.sequence_length,
-    )
-    rows = next(loader.batches()).rows
-    batch = collate(rows, encoded, expert_map.alignments, recipe.data.sequence_length, tokenizer.pad_token_id)
+    tokens = Tokens.of(encoded, expert_map.alignments)
+    rows = TypedLoader(tokens, recipe.data, seed=recipe.seed).batch(0).rows
+    batch = collate(rows, tokens, recipe.data.sequence_length, tokenizer.pad_token_id)
     output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_router_logits=True)
     targets = batch.targets.flatten()
     lm = F.cross_entropy(output.logits.flatten(0, 1), targets, ignore_index=IGNORE)

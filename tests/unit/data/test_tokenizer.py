@@ -8,7 +8,8 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from h3scale.data.encode import encode_records
-from h3scale.data.records import Record, read_records
+from h3scale.data.records import Record
+from h3scale.data.sources import read_records
 from h3scale.data.tokenizer import save_tokenizer, train_tokenizer
 from h3scale.errors import ConfigError, DataError
 

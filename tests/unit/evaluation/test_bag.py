@@ -11,7 +11,7 @@ from h3scale.evaluation.bag import _counts, _idf, _sparse, _tf_idf, _transposed,
 
 
 def encoded(alignment, ids):
-    return Encoded(Record("r", alignment, "p", "r"), list(ids), 1)
+    return Encoded.of(Record("r", alignment, "p", "r"), list(ids), 1)
 
 
 def make(sizes, telling, seed=0, vocab=60, length=12):

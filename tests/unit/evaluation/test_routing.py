@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from h3scale.data.encode import collate, encode_records
+from h3scale.data.collate import collate
+from h3scale.data.encode import encode_records
+from h3scale.data.store import Tokens
 from h3scale.errors import DataError, UsageError
 from h3scale.evaluation.evaluate import Options, evaluate_model
 from h3scale.evaluation.routing import RoutingTally, route_for
@@ -20,7 +22,7 @@ def tallied(tokenizer, records, expert_map, logits_of, num_layers=3, top_k=2):
     """A tally of router logits that a rule gives: logits_of(layer, label, role) -> (E,) list."""
     encoded = encode_records(tokenizer, records)
     rows = [[i] for i in range(len(records))]
-    batch = collate(rows, encoded, expert_map.alignments, 32, pad_id=0)
+    batch = collate(rows, Tokens.of(encoded, expert_map.alignments), 32, pad_id=0)
     labels_T, roles_T = batch.alignment_ids.flatten().tolist(), batch.roles.flatten().tolist()
     router_logits = [
         torch.tensor([logits_of(layer, label, role) for label, role in zip(labels_T, roles_T, strict=True)]).float()

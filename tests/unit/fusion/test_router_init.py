@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from h3scale.config.fuse import FuseRecipe, RouterStart
 from h3scale.data.encode import Encoded, encode_records
-from h3scale.data.records import Record, read_records
+from h3scale.data.records import Record
+from h3scale.data.sources import read_records
 from h3scale.errors import DataError, MissingInputError
 from h3scale.fusion import router_init
 from h3scale.fusion.execute import choose_records, fuse
@@ -149,7 +150,7 @@ def made(tmp_path_factory):
     model = load_model(out).eval()
     encoded = encode_records(load_tokenizer(out), read_records([records]))
     # Records of unequal length, so that rows are padded and several records share one.
-    encoded = [Encoded(e.record, e.input_ids[: 12 - i % 4], e.num_prompt_tokens) for i, e in enumerate(encoded)]
+    encoded = [e.cut(12 - i % 4) for i, e in enumerate(encoded)]
     return {"model": model, "map": ExpertMap(LABELS, (*LABELS, None)), "models": models, "encoded": encoded}
 
 
@@ -242,15 +243,15 @@ def test_router_accuracy_is_what_counting_record_by_record_gives(made, seed, row
 
 def test_accuracy_leaves_out_what_has_no_response_or_no_label(made):
     item = made["encoded"][0]
-    bare = Encoded(item.record, item.input_ids[: item.num_prompt_tokens], item.num_prompt_tokens)
-    foreign = Encoded(Record("x", "other", "p", "r"), item.input_ids, item.num_prompt_tokens)
+    bare = item.cut(item.num_prompt_tokens)
+    foreign = Encoded(Record("x", "other", "p", "r"), item.tokens)
     assert router_accuracy(made["model"], [bare, foreign], made["map"]) == {"a": None, "b": None, "c": None}
 
 
 def test_cut_keeps_the_beginning():
-    item = Encoded(Record("x", "a", "p", "r"), [5, 6, 7, 8], 3)
+    item = Encoded.of(Record("x", "a", "p", "r"), [5, 6, 7, 8], 3)
     assert [(e.input_ids, e.num_prompt_tokens) for e in cut([item], 2)] == [([5, 6], 2)]
-    assert cut([item], 9) == [item]
+    assert cut([item], 9)[0].input_ids == item.input_ids
 
 
 def start_for(path, **changes):

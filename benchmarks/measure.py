@@ -1,0 +1,159 @@
+"""What every benchmark needs: interleaved timings, memory of a process tree, the machine, and a table of the result."""
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
+POLL_S = 0.02
+Row = dict[str, Any]
+
+
+@dataclass
+class Timing:
+    """Seconds of each round; the process's CPU time counts all of its threads."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    def best(self, clock: str = "cpu_s") -> float:
+        return min(getattr(self, clock))
+
+    def median(self, clock: str = "cpu_s") -> float:
+        return statistics.median(getattr(self, clock))
+
+    def figures(self) -> Row:
+        return {
+            "rounds": len(self.cpu_s),
+            "cpu_s_min": self.best(),
+            "cpu_s_median": self.median(),
+            "wall_s_min": self.best("wall_s"),
+            "wall_s_median": self.median("wall_s"),
+        }
+
+
+def interleaved(works: Mapping[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None) -> dict[str, Timing]:
+    """Times all works A, B, A, B, ...: what else the machine does meanwhile falls on all alike. `before` is not timed."""
+    timings = {name: Timing() for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            before()
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
+            timings[name].cpu_s.append(time.process_time() - cpu)
+            timings[name].wall_s.append(time.perf_counter() - wall)
+    return timings
+
+
+def peak_memory(command: list[str], environment: Mapping[str, str]) -> tuple[str, Row]:
+    """Runs a command; gives what it printed, and the peaks of its own memory and of its largest child process, in MiB.
+
+    anon: memory of its own. rss: with the pages of mapped files, which the system takes back when it needs them.
+    """
+    peaks = {f"{who}_{what}_mib": 0.0 for who in ("parent", "worker") for what in ("anon", "rss")}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    ended = threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(POLL_S):
+            for pid in (child.pid, *_children(child.pid)):
+                anon, rss = _memory_mib(pid)
+                who = "parent" if pid == child.pid else "worker"
+                peaks[f"{who}_anon_mib"] = max(peaks[f"{who}_anon_mib"], anon)
+                peaks[f"{who}_rss_mib"] = max(peaks[f"{who}_rss_mib"], rss)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    said, _ = child.communicate()
+    ended.set()
+    sampler.join()
+    if child.returncode:
+        raise RuntimeError(f"{Path(command[1]).name} {command[2]}: exit {child.returncode}")
+    return said, peaks
+
+
+def own_memory_mib() -> tuple[float, float]:
+    """(anonymous, all) resident memory of this process."""
+    return _memory_mib(os.getpid())
+
+
+def _memory_mib(pid: int) -> tuple[float, float]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:  # it has just ended
+        return 0.0, 0.0
+    values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmRSS"))}
+    return float(values.get("RssAnon", 0)) / 1024, float(values.get("VmRSS", 0)) / 1024
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
+    except OSError:
+        return []
+
+
+def machine() -> Row:
+    """No names and no paths: what decides a speed."""
+    flags: set[str] = set()
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            flags = set(value.split())
+        if name.strip() == "model name":
+            model = value.strip()
+    return {
+        "cpu": model,
+        "isa": [name for name in ISA if name in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def versions(packages: Iterable[str]) -> Row:
+    """None for a package that is not installed. `h3scale` is the commit, with + when the tree differs from it."""
+    found: Row = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return {**found, "h3scale": _commit()}
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "--", "h3scale") else "")
+
+
+def print_table(title: str, rows: list[Row], about: Row) -> None:
+    """A table with a column for every figure of any row; what was not run has its reason there."""
+    print(f"\n{title}  ({', '.join(f'{key} {_cell(value)}' for key, value in about.items())})")
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "not_run"))
+    lines = [columns]
+    for row in rows:
+        cells = [_cell(row.get(column, "")) for column in columns]
+        lines.append(cells if "not_run" not in row else [*cells[:1], f"not run: {row['not_run']}"])
+    widths = [max(len(line[i]) for line in lines if len(line) == len(columns)) for i in range(len(columns))]
+    for line in lines:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())
+    sys.stdout.flush()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,186 @@
+"""Chunks into one store: which records stay, why the others go, and the arrays of those that stay.
+
+Shape suffixes: N records of all chunks, K those that are kept.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from h3scale.config.data import Hygiene
+from h3scale.data.duplicates import near_duplicates
+from h3scale.data.encode import RESPONSE_BIT
+from h3scale.data.sources import Part
+from h3scale.data.store import SMALL_BIT
+from h3scale.log import progress
+
+ARRAYS = ("lengths", "places", "labels", "digests", "leaks")
+
+
+@dataclass
+class Chunks:
+    """The small arrays of all chunks behind each other, (N,); token ids and signatures stay in their files."""
+
+    paths: list[Path]
+    parts: list[Part]
+    lengths: np.ndarray
+    places: np.ndarray
+    labels: np.ndarray
+    digests: np.ndarray
+    leaks: np.ndarray
+    sources: np.ndarray
+    chunk_starts: np.ndarray
+    alignments: list[str] = field(default_factory=list)
+    lines: int = 0
+    filtered: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (where, what)
+
+    def where(self, record: int) -> str:
+        return self.parts[self.sources[record]].where(int(self.places[record]))
+
+
+def read_chunks(paths: list[Path], parts: list[Part]) -> Chunks:
+    """All chunks, in order; ids that were used before make their record bad."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "sources")}
+    alignments: dict[str, int] = {}
+    seen: set[int] = set()
+    bad: list[tuple[str, str]] = []
+    starts, lines, filtered = [0], 0, 0
+    for path in paths:
+        with np.load(path) as chunk:
+            about = json.loads(chunk["about"].tobytes())
+            for name in ARRAYS:
+                columns[name].append(chunk[name])
+        source = about["source"]
+        bad += [(parts[source].where(line), what) for line, what in about["findings"]]
+        names = np.array([alignments.setdefault(name, len(alignments)) for name in about["alignments"]] or [0], np.int16)
+        columns["labels"][-1] = names[columns["labels"][-1]]
+        columns["sources"].append(np.full(len(about["ids"]), source, np.int16))
+        for i, record_id in enumerate(about["ids"]):
+            key = hash(record_id)
+            if key in seen:
+                bad.append((parts[source].where(int(columns["places"][-1][i])), f"id '{record_id}' was used before"))
+                columns["labels"][-1][i] = -1
+            seen.add(key)
+        starts.append(starts[-1] + len(about["ids"]))
+        lines += about["lines"]
+        filtered += about["filtered"]
+    joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+    return Chunks(paths, parts, **joined, chunk_starts=np.array(starts), alignments=list(alignments),
+                  lines=lines, filtered=filtered, bad=bad)  # fmt: skip
+
+
+def decide(chunks: Chunks, hygiene: Hygiene, heldout: list[str], signatures: Path) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """(N,) bool, which records stay; and of those that do not where they are, why, and what they are like."""
+    keep_N = chunks.labels >= 0
+    dropped = [{"where": where, "why": "bad", "what": what} for where, what in chunks.bad]
+    for i in np.flatnonzero(keep_N & (chunks.leaks >= 0)).tolist():
+        prompt = heldout[chunks.leaks[i]]
+        dropped.append({"where": chunks.where(i), "why": "heldout", "what": prompt})
+        keep_N[i] = False
+    if hygiene.exact_duplicates:
+        _drop(chunks, keep_N, _exact(chunks.digests, keep_N), "exact_duplicate", dropped)
+    if hygiene.near_duplicates is not None:
+        kept = np.flatnonzero(keep_N)
+        like = near_duplicates(_signatures(chunks, keep_N, signatures), hygiene.near_duplicates)
+        like_N = np.full(len(keep_N), -1)
+        like_N[kept[like >= 0]] = kept[like[like >= 0]]
+        _drop(chunks, keep_N, like_N, "near_duplicate", dropped)
+    return keep_N, dropped
+
+
+def _drop(chunks: Chunks, keep_N: np.ndarray, like_N: np.ndarray, why: str, dropped: list[dict[str, str]]) -> None:
+    for i in np.flatnonzero(keep_N & (like_N >= 0)).tolist():
+        names = [chunks.alignments[chunks.labels[j]] for j in (i, like_N[i])]
+        across = "" if names[0] == names[1] else f" ({names[0]} here, {names[1]} there)"
+        dropped.append({"where": chunks.where(i), "why": why, "what": f"{chunks.where(int(like_N[i]))}{across}"})
+        keep_N[i] = False
+
+
+def _exact(digests: np.ndarray, keep_N: np.ndarray) -> np.ndarray:
+    """(N,): the first kept record with the same digest, where that is another one; else -1."""
+    like_N = np.full(len(digests), -1)
+    kept = np.flatnonzero(keep_N)
+    _, first, inverse = np.unique(digests[kept], return_index=True, return_inverse=True)
+    same = kept[first[inverse]]
+    like_N[kept] = np.where(same == kept, -1, same)
+    return like_N
+
+
+def _signatures(chunks: Chunks, keep_N: np.ndarray, path: Path) -> np.ndarray:
+    """Signatures of the kept records in one mapped file, (K, P) uint32."""
+    total = None
+    at = 0
+    for number, chunk_path in enumerate(chunks.paths):
+        keep = keep_N[chunks.chunk_starts[number] : chunks.chunk_starts[number + 1]]
+        with np.load(chunk_path) as chunk:
+            rows = chunk["signatures"][keep]
+        if total is None:
+            total = open_memmap(path, "w+", np.uint32, (int(keep_N.sum()), rows.shape[1]))
+        total[at : at + len(rows)] = rows
+        at += len(rows)
+    assert total is not None
+    total.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def assemble(chunks: Chunks, keep_N: np.ndarray, vocab_size: int, folder: Path) -> dict[str, dict[str, int]]:
+    """Writes the store's arrays; gives records, tokens and response tokens of each alignment."""
+    small = vocab_size <= 1 << SMALL_BIT
+    dtype: Any = np.uint16 if small else np.uint32
+    lengths = chunks.lengths[keep_N].astype(np.int64)
+    labels = chunks.labels[keep_N]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = open_memmap(folder / "tokens.npy", "w+", dtype, (int(starts[-1]),))
+    responses = np.zeros(len(lengths), np.int32)
+    at = 0
+    with progress("write", int(starts[-1]), "tokens") as bar:
+        for keep, chunk_tokens, chunk_lengths in _kept_tokens(chunks, keep_N):
+            size = int(chunk_lengths.sum())
+            is_response = chunk_tokens >> RESPONSE_BIT
+            begin = int(starts[at])
+            tokens[begin : begin + size] = (
+                (chunk_tokens & np.uint32((1 << SMALL_BIT) - 1)) | (is_response << np.uint32(SMALL_BIT)) if small else chunk_tokens
+            )
+            if size:
+                segments = np.cumsum(chunk_lengths) - chunk_lengths
+                responses[at : at + keep] = np.add.reduceat(is_response.astype(np.int32), segments)
+            at += keep
+            bar.advance(size)
+    tokens.flush()
+    np.save(folder / "starts.npy", starts)
+    np.save(folder / "responses.npy", responses)
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "places.npy", np.stack([chunks.sources[keep_N].astype(np.int64), chunks.places[keep_N]], 1))
+    sums = {"records": np.ones_like(lengths), "tokens": lengths, "responses": responses}
+    return {
+        name: {what: int(values[labels == a].sum()) for what, values in sums.items()} for a, name in enumerate(chunks.alignments)
+    }
+
+
+def _kept_tokens(chunks: Chunks, keep_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Of each chunk with kept records: their number, their tokens and their lengths."""
+    for number, path in enumerate(chunks.paths):
+        part = slice(chunks.chunk_starts[number], chunks.chunk_starts[number + 1])
+        keep = keep_N[part]
+        if not keep.any():
+            continue
+        with np.load(path) as chunk:
+            tokens = chunk["tokens"]
+        yield int(keep.sum()), tokens[np.repeat(keep, chunks.lengths[part])], chunks.lengths[part][keep].astype(np.int64)
+
+
+def sync(folder: Path) -> None:
+    """Makes the folder's files and their names durable."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

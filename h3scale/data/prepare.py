@@ -1,0 +1,245 @@
+"""From sources to a prepared store: read, check, render, tokenize and sign in parallel, then drop what does not belong.
+
+Work is cut into blocks of lines. Each finished block is a file of its own, so a run that is killed goes on where it was;
+the store appears by one rename at the end. Its name is a hash of everything that decides its content, so one folder
+serves all runs with the same records and tokenizer, and changed records are another store.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from h3scale.config.data import Data
+from h3scale.data import adapters
+from h3scale.data.assemble import assemble, decide, read_chunks, sync
+from h3scale.data.chunks import SMALL, Recipe, make_chunks
+from h3scale.data.duplicates import heldout_prompts
+from h3scale.data.sources import Block, Part, blocks, parts_of
+from h3scale.data.store import FORMAT, Store, open_store
+from h3scale.errors import DataError, MissingInputError, OutputError, PeerLostError, StorageError
+from h3scale.log import logger, progress
+
+BLOCK_LINES = 1_000  # a tenth of a second of work, half a megabyte on disk
+MAX_SHOWN = 20  # findings printed before "and N more"
+
+
+def prepare(data: Data, tokenizer: Any, root: str | Path) -> Store:
+    """The prepared store of a recipe's records under `root`: made now, or found there.
+
+    Raises what reading the sources raises; DataError (65) for bad records when `data.bad_records` is stop, or when they
+    are more than `data.max_bad` of the lines; OutputError (73) where `root` cannot be written.
+    """
+    root = Path(root)
+    parts = parts_of(data.records)
+    missing = [f"data.hygiene.heldout: {path}: no such file" for path in data.hygiene.heldout if not Path(path).is_file()]
+    if missing:
+        raise MissingInputError(missing)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{root}: cannot be made ({error.strerror}; data.prepared names another folder)") from None
+    identity = _identity(data, tokenizer, parts, root)
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    try:
+        with _alone(root / f".lock-{key}"):
+            if not (root / key / "manifest.json").is_file():
+                _say_what_changed(root, parts, identity)
+                _prepare(data, tokenizer, parts, identity, root / key)
+    except OSError as error:
+        raise StorageError(f"{root / key}: {error.strerror or error} (what is done is kept; run it again)") from None
+    except BrokenProcessPool:
+        raise PeerLostError(
+            f"{root / key}: a process that prepares was killed, for want of memory perhaps (what is done is kept; "
+            "works: run it again, with fewer data.workers)"
+        ) from None
+    store = open_store(root / key)
+    check_bad(store, data)
+    return store
+
+
+def check_bad(store: Store, data: Data) -> None:
+    """Raises DataError (65) when the recipe does not accept as many bad records as the store's sources had."""
+    bad, lines = store.manifest["dropped"].get("bad", 0), store.manifest["lines"]
+    share = bad / max(lines, 1)
+    if not bad or (data.bad_records == "drop" and share <= data.max_bad):
+        return
+    limit = "data.bad_records is stop" if data.bad_records == "stop" else f"data.max_bad is {data.max_bad:.2%}"
+    with (store.folder / "dropped.jsonl").open(encoding="utf-8") as file:
+        items = [item for item in map(json.loads, file) if item["why"] == "bad"]
+    shown = [f"{item['where']}: {item['what']}" for item in items[:MAX_SHOWN]]
+    more = [f"and {bad - MAX_SHOWN} more, in {store.folder / 'dropped.jsonl'}"] if bad > MAX_SHOWN else []
+    raise DataError([*shown, *more, f"{bad:,} of {lines:,} lines are bad ({share:.2%}), and {limit}"])
+
+
+def prepared_folder(data: Data, out: str) -> Path:
+    """Where a recipe's stores are: `data.prepared`, or `prepared` beside the recipe's output."""
+    return Path(data.prepared) if data.prepared else Path(out).parent / "prepared"
+
+
+def relevant_alignments(store: Store, wanted: str | None, known: Sequence[str] | None) -> list[str]:
+    """The label order of a run: the one alignment it is for, or the model's (`known`), or the records' own.
+
+    DataError (65) for an alignment without records, and for records of an alignment that the model does not know.
+    """
+    names = ", ".join(sorted({source["path"] for source in store.manifest["sources"]}))
+    present = [name for name in store.alignments if store.manifest["counts"][name]["records"]]
+    asked = [wanted] if wanted else list(known or present)
+    findings = [
+        f"{names}: alignment '{name}' has no records (found: {', '.join(present)})" for name in asked if name not in present
+    ]
+    if known and not wanted:
+        findings += [
+            f"{names}: alignment '{name}' is none of the model's ({', '.join(known)})" for name in present if name not in known
+        ]
+    if findings:
+        raise DataError(findings)
+    return asked
+
+
+def _identity(data: Data, tokenizer: Any, parts: list[Part], root: Path) -> dict[str, Any]:
+    """Everything that decides the content of the store."""
+    hashes = _Hashes(root / "hashes.json")
+    sources = [
+        {
+            "name": Path(part.path).name if part.kind != "hub" else part.path,
+            "sha256": hashes.of(part.path) if part.kind != "hub" else None,
+            "read_as": [part.kind, part.adapter, part.alignment, part.split, part.part],
+        }
+        for part in parts
+    ]
+    hygiene = data.hygiene.model_dump()
+    hygiene["heldout"] = [hashes.of(path) for path in data.hygiene.heldout]
+    hashes.save()
+    special = sorted(tokenizer.all_special_tokens)
+    rules = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special]
+    return {
+        "format": [FORMAT, adapters.VERSION],
+        "sources": sources,
+        "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
+        "hygiene": hygiene,
+    }
+
+
+def _prepare(data: Data, tokenizer: Any, parts: list[Part], identity: dict[str, Any], folder: Path) -> None:
+    work = folder.with_name(f".work-{folder.name}")
+    (work / "chunks").mkdir(parents=True, exist_ok=True)
+    heldout = [prompt for path in data.hygiene.heldout for prompt in heldout_prompts(path)]
+    recipe = Recipe(tokenizer, data.hygiene.near_duplicates is not None, heldout, data.hygiene.heldout_similarity)
+    chunks = read_chunks(_make_chunks(parts, recipe, data.workers, work / "chunks"), parts)
+    keep_N, dropped = decide(chunks, data.hygiene, heldout, work / "signatures.npy")
+    if not keep_N.any():
+        raise DataError([f"{item['where']}: {item['what']}" for item in dropped[:MAX_SHOWN]] + ["no usable records"])
+    made = work / "store"
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    counts = assemble(chunks, keep_N, len(tokenizer), made)
+    with (made / "dropped.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in dropped)
+    causes: dict[str, int] = {}
+    for item in dropped:
+        causes[item["why"]] = causes.get(item["why"], 0) + 1
+    manifest = {
+        "format": FORMAT,
+        "key": folder.name,
+        "identity": identity,
+        "sources": [{"path": part.path, "kind": part.kind} for part in parts],
+        "alignments": chunks.alignments,
+        "counts": counts,
+        "lines": chunks.lines,
+        "filtered": chunks.filtered,
+        "dropped": causes,
+        "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
+    }
+    (made / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(made)
+    shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is no store
+    made.rename(folder)
+    shutil.rmtree(work)
+
+
+def _make_chunks(parts: list[Part], recipe: Recipe, workers: int | None, folder: Path) -> list[Path]:
+    """All chunks, those made before an interruption included, in the order of the sources."""
+    paths: list[Path] = []
+    total = sum(Path(part.path).stat().st_size for part in parts if part.kind != "hub")
+
+    def jobs() -> Iterator[tuple[int, int, Block, Path]]:
+        for source, part in enumerate(parts):
+            for block in blocks(part, BLOCK_LINES):
+                path = folder / f"{len(paths):08d}.npz"
+                paths.append(path)
+                if path.exists():
+                    bar.advance(_size(block))
+                else:
+                    yield len(paths) - 1, source, block, path
+
+    if workers is None:
+        workers = 1 if total < SMALL * 500 else len(os.sched_getaffinity(0))
+    records = tokens = 0
+    with progress("prepare", total, "bytes") as bar:
+        for block, (_, num_records, num_tokens) in make_chunks(jobs(), recipe, workers):
+            records, tokens = records + num_records, tokens + num_tokens
+            bar.total = max(bar.total, bar.done + _size(block))  # packed files and hub sets hold more than their size says
+            bar.advance(_size(block), f"{records:,} records, {tokens:,} tokens")
+    return paths
+
+
+def _size(block: Block) -> int:
+    return sum(len(line) if isinstance(line, bytes) else len(str(line)) for line in block.lines)
+
+
+def _say_what_changed(root: Path, parts: list[Part], identity: dict[str, Any]) -> None:
+    """One line for every source or tokenizer that a store of the same files was made from in another state."""
+    paths = [part.path for part in parts]
+    for path in sorted(root.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if [source["path"] for source in before["sources"]] != paths:
+            continue
+        pairs = zip(paths, before["identity"]["sources"], identity["sources"], strict=True)
+        changed = [name for name, old, new in pairs if old != new]
+        changed += [name for name in ("tokenizer", "hygiene", "format") if before["identity"][name] != identity[name]]
+        logger.info("%s changed since %s was prepared (which stays): preparing anew", ", ".join(changed), path.parent)
+        return
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Only one process prepares the same store; the others wait. The lock goes with its process, however that ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that prepares the same records")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Hashes:
+    """sha256 of files, remembered by path, size and time of change, so that large files are read for it once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.known = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            self.known = {}
+
+    def of(self, path: str) -> str:
+        stat = Path(path).stat()
+        name, state = str(Path(path).resolve()), [stat.st_size, stat.st_mtime_ns]
+        if name not in self.known or self.known[name][0] != state:
+            with Path(path).open("rb") as file:
+                self.known[name] = [state, hashlib.file_digest(file, "sha256").hexdigest()]
+        return self.known[name][1]
+
+    def save(self) -> None:
+        partial = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
+        partial.write_text(json.dumps(self.known), encoding="utf-8")
+        partial.replace(self.path)

@@ -23,7 +23,9 @@ from h3scale.data.tokenizer import train_tokenizer
 ALIGNMENTS = ("helpful", "harmless", "honest")
 BUILTIN = Path(__file__).parents[1] / "h3scale" / "data" / "records_builtin" / "train.jsonl"
 NUM_WORDS = 2000  # of the made-up language
-WORDS_MEAN, WORDS_SIGMA, WORDS_CAP = 62, 0.7, 250  # of a made-up record: about 100 tokens with the tokenizers here
+WORDS_MEAN, WORDS_SIGMA, WORDS_CAP = 54, 0.7, 160  # of a made-up record; a word is about two tokens, so about 100 of these
+MADE_UP_VOCAB = 4000
+MADE_UP_SAMPLE = 5000  # records for its tokenizer
 LENGTH_MEAN, LENGTH_SIGMA, LENGTH_CAP = 128.0, 0.7, 300  # before the cap, which makes the mean 109
 
 
@@ -98,6 +100,14 @@ def write_made_up(path: Path, count: int, seed: int = 0) -> None:
                 "response": " ".join(said[cut:]),
             }
             file.write(json.dumps(row) + "\n")
+
+
+def made_up_tokenizer(work: Path, tiny: bool) -> Path:
+    """Folder of a tokenizer for made-up records: common words are one piece, others two or three."""
+    sample = work / "made-up-sample.jsonl"
+    write_made_up(sample, 300 if tiny else MADE_UP_SAMPLE, seed=1)
+    train_tokenizer(read_records([sample]), MADE_UP_VOCAB).save_pretrained(work / "made-up-tokenizer")
+    return work / "made-up-tokenizer"
 
 
 def _words(rng: random.Random) -> Iterator[str]:

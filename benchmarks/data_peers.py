@@ -57,6 +57,19 @@ def trl_rows(lengths: np.ndarray, order: np.ndarray, length: int, batch_size: in
     return [np.asarray(row)[np.cumsum([0, *sizes[:-1]])] for row, sizes in zip(rows, packed["seq_lengths"], strict=True)]
 
 
+def trl_collated(packed: Any, rows_per_batch: int) -> int:
+    """Tokens of all batches that SFTTrainer's padding-free collator makes of a packed data set."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    tokens = 0
+    for first in range(0, len(packed), rows_per_batch):
+        rows = packed[first : first + rows_per_batch]
+        items = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        tokens += collator(items)["input_ids"].numel()
+    return tokens
+
+
 def list_column(values: npt.NDArray[Any], lengths: np.ndarray) -> Any:
     """A Datasets data set of one column of lists, `input_ids`, made without a Python object a token."""
     import pyarrow as pa

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from h3scale.cli import data_inspect
 from h3scale.cli.train import Force, Overrides, RecipeArgument
 
 app = typer.Typer(no_args_is_help=True, help="Records and tokenizers.")
@@ -117,6 +118,9 @@ def prepare(
         print(f"dropped: {dropped}: {store.folder / 'dropped.jsonl'} says which and why")
     print(f"result: {store.folder}")
     print(f"next:   h3scale data inspect {shlex.join([recipe, *(overrides or [])])}")
+
+
+app.command()(data_inspect.inspect)
 
 
 @app.command()

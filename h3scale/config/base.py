@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +48,7 @@ def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None =
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_finding(str(path), schema, item) for item in error.errors()]) from None
+        raise ConfigError([_finding(str(path), schema, item) for item in _told_once(error.errors())]) from None
 
 
 def load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -122,8 +123,26 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
+TYPE_ERRORS = ("dict_type", "float_type", "string_type")
+
+
+def _key(item: Any) -> str:
+    tags = ("function-", "dict[", "list[", "constrained-")
+    return ".".join(str(part) for part in item["loc"] if not str(part).startswith(tags))
+
+
+def _told_once(items: list[Any]) -> list[Any]:
+    """Of a value that may have one of two types, pydantic tells what is wrong with it as either; one of them is meant."""
+    told: list[Any] = []
+    for item in sorted(items, key=lambda item: item["type"] in TYPE_ERRORS):
+        key = _key(item)
+        if item["type"] not in TYPE_ERRORS or not any(_key(other) == key or _key(other).startswith(f"{key}.") for other in told):
+            told.append(item)
+    return [item for item in items if item in told]
+
+
 def _finding(where: str, schema: type[BaseModel], item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "dict[", "list[")))
+    key = _key(item)
     if item["type"] == "extra_forbidden":
         known = _fields_at(schema, item["loc"][:-1])
         near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
@@ -140,8 +159,13 @@ def _fields_at(schema: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
     current: type[BaseModel] = schema
     for part in loc:
         field = current.model_fields.get(str(part))
-        candidates = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
-        models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if models:
-            current = models[0]
+        current = next(_models_in(field.annotation), current) if field else current
     return list(current.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation such as `list[Source] | None` speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _models_in(part)

@@ -1,8 +1,8 @@
 """The `data` part of a recipe: where records come from, what is left out, and how they become global batches."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from h3scale.config.base import Strict
 
@@ -28,7 +28,12 @@ class Source(Strict):
     )
 
 
-Sources = Annotated[list[str | Source], Field(min_length=1)]
+def _with_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+SourceList = list[Annotated[Source, BeforeValidator(_with_path)]]  # a text is a path
+Sources = Annotated[SourceList, Field(min_length=1)]
 
 
 class Hygiene(Strict):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from h3scale.config.base import Strict
+from h3scale.config.data import SourceList
 
 
 class RouterStart(Strict):
@@ -16,16 +17,18 @@ class RouterStart(Strict):
         "logistic: a little better a token, but keeps every hidden state (tokens x layers x hidden_size x 4 bytes). "
         "prompt_mean: what mergekit does, centred. random: N(0, initializer_range), what upcycling does.",
     )
-    records: list[str] = Field([], description="JSONL files of the records that the router is fitted on; none for random.")
+    records: SourceList = Field(
+        default=[], description="Records that the router is fitted on, as a train recipe's; none for random."
+    )
     records_per_alignment: int = Field(
         128,
         ge=2,
         description="Records taken of each alignment, a quarter of them for the scale. More tokens than a few times "
         "hidden_size change the fit little.",
     )
-    heldout_records: list[str] = Field(
-        [],
-        description="JSONL files to report the router's accuracy on; without them, the records that only set the scale "
+    heldout_records: SourceList = Field(
+        default=[],
+        description="Records to report the router's accuracy on; without them, the records that only set the scale "
         "are taken (or, for random, nothing is measured).",
     )
     max_tokens_per_record: int = Field(

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from h3scale.data.duplicates import Heldout, digest, sign
+from h3scale.data.duplicates import digest, sign
 from h3scale.data.encode import encode_block
+from h3scale.data.heldout import Heldout
 from h3scale.data.records import Record
 from h3scale.data.sources import Block, parse_block
 

@@ -18,7 +18,8 @@ import numpy as np
 from h3scale.config.data import Data
 from h3scale.data.collate import Batch, collate
 from h3scale.data.mixture import Mixture, mixture
-from h3scale.data.plan import Plan, Planner, make_plan, open_plan, plan_key
+from h3scale.data.plan import Plan, make_plan, open_plan, plan_key
+from h3scale.data.planner import Planner
 from h3scale.data.store import Store, Tokens
 from h3scale.errors import DataError
 from h3scale.log import logger
@@ -30,9 +31,10 @@ GROWTH = 256  # steps that a loader without a folder plans at once
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Rows of record numbers, for one optimizer step over all ranks."""
+    """Rows of record numbers, for one optimizer step over all ranks. separate: each row is of one alignment."""
 
     rows: list[np.ndarray]
+    separate: bool = False
 
     @property
     def records(self) -> np.ndarray:
@@ -98,7 +100,7 @@ class TypedLoader:
             self.plan = self._plan(max(step + 1, 2 * self.plan.num_rows // rows_per_batch))
         if (step + 1) * rows_per_batch > self.plan.num_rows:
             raise IndexError(f"step {step}: the plan has {self.plan.num_rows // rows_per_batch} steps")
-        return GlobalBatch(self.plan.rows(step * rows_per_batch, rows_per_batch))
+        return GlobalBatch(self.plan.rows(step * rows_per_batch, rows_per_batch), self.data.packing == "separate")
 
     def tensors(self, rows: Sequence[np.ndarray], pad_id: int) -> Batch:
         """Tensors of some rows."""
@@ -201,13 +203,15 @@ class MicroBatches:
 
 
 def rows_of_rank(batch: GlobalBatch, rank: int, world_size: int, rows_per_micro_batch: int) -> list[list[np.ndarray]]:
-    """The micro-batches of one rank.
+    """The micro-batches of one rank, so that none has a row too many or too few of any alignment.
 
-    Rows are dealt out like cards to all micro-batches of all ranks: rows of one alignment, which lie side by side with
-    packing: separate, are then spread so that no micro-batch has more than one row too many or too few of any.
+    Mixed rows make up for each other one after the other, so a micro-batch is some consecutive rows. Separate rows of one
+    alignment lie side by side, so they are dealt out like cards.
     """
     count = len(batch.rows) // rows_per_micro_batch
-    return [batch.rows[i::count] for i in range(rank, count, world_size)]
+    if batch.separate:
+        return [batch.rows[i::count] for i in range(rank, count, world_size)]
+    return [batch.rows[i * rows_per_micro_batch : (i + 1) * rows_per_micro_batch] for i in range(rank, count, world_size)]
 
 
 def _digest(records: Tokens) -> str:

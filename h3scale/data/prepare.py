@@ -21,7 +21,7 @@ from h3scale.config.data import Data
 from h3scale.data import adapters
 from h3scale.data.assemble import assemble, decide, read_chunks, sync
 from h3scale.data.chunks import SMALL, Recipe, make_chunks
-from h3scale.data.duplicates import heldout_prompts
+from h3scale.data.heldout import heldout_prompts
 from h3scale.data.sources import Block, Part, blocks, parts_of
 from h3scale.data.store import FORMAT, Store, open_store
 from h3scale.errors import DataError, MissingInputError, OutputError, PeerLostError, StorageError

@@ -131,7 +131,9 @@ def choose_records(start: RouterStart, alignments: tuple[str, ...]) -> StartReco
         random.Random(f"{start.seed}:{alignment}").shuffle(own)
         own = own[: start.records_per_alignment]
         if len(own) < 2:
-            findings.append(f"{', '.join(start.records)}: alignment '{alignment}' has 1 record (works: 2 or more)")
+            findings.append(
+                f"{', '.join(source.path for source in start.records)}: alignment '{alignment}' has 1 record (works: 2 or more)"
+            )
             continue
         rest, part = split_by_instruction(own, HELD_SHARE, start.seed)
         if not rest or not part:  # too few instructions to cut between them

@@ -60,6 +60,8 @@ def steps_of_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Me
             counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
             one_step(recipe, run, loader, batch, counts, metrics, anchor)
             extra = {"lr": recipe.optimizer.learning_rate * share}
+            mixed = zip(loader.alignments, loader.tokens_by_alignment(batch).tolist(), strict=True)
+            extra |= {f"tokens/{alignment}": tokens for alignment, tokens in mixed}
             line = metrics.close_step(step + 1, counts.targets, counts.votes, loader.tokens_in(batch), extra)
             bar.advance(tokens_per_step, _note(line))
 
@@ -117,7 +119,8 @@ def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
     if run.rank == 0:
         loader.check_lengths()
         for step, alignment in loader.plan.ended:
-            logger.warning("%s reaches data.max_epochs at step %d; its share goes to the others", alignment, step)
+            if step < recipe.steps:  # a plan that was made for a longer run
+                logger.warning("%s reaches data.max_epochs at step %d; its share goes to the others", alignment, step)
     return loader
 
 
@@ -137,7 +140,7 @@ def seed_everything(seed: int) -> None:
 
 def _check_place(recipe: TrainRecipe, out: Path) -> None:
     """Raises UnsafeError (77) when the output is, or holds, something that the run reads: --force would delete it."""
-    records = [source if isinstance(source, str) else source.path for source in recipe.data.records]
+    records = [source.path for source in recipe.data.records]
     prepared = str(prepared_folder(recipe.data, recipe.out))
     inputs = [name for name in (recipe.model, recipe.tokenizer, *records, prepared) if name]
     inside = [name for name in inputs if Path(name).resolve().is_relative_to(out)]

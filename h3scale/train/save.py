@@ -57,7 +57,7 @@ def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, run_fold
         for script in partial.glob("zero_to_*.py"):  # DeepSpeed adds scripts that refuse these very files
             script.unlink()
     dist.barrier()
-    _commit(run, recipe, partial)
+    _commit(run, recipe, loader, partial)
     if run.rank == 0:
         shutil.rmtree(out, ignore_errors=True)  # only --force comes here with something there
         run_folder.rename(out)
@@ -65,7 +65,7 @@ def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, run_fold
     return out / partial.name
 
 
-def _commit(run: Run, recipe: TrainRecipe, partial: Path) -> None:
+def _commit(run: Run, recipe: TrainRecipe, loader: TypedLoader, partial: Path) -> None:
     """Every rank hashes its share of the files; rank 0 writes the manifest, which makes the folder a checkpoint."""
     listed = [sorted(path for path in partial.rglob("*") if path.is_file()) if run.rank == 0 else []]
     dist.broadcast_object_list(listed)  # one list for all: shared file systems do not show the same to every node at once
@@ -83,6 +83,7 @@ def _commit(run: Run, recipe: TrainRecipe, partial: Path) -> None:
                 "world_size": run.world_size,
                 "ep_size": recipe.ep_size,
                 "zero_stage": run.zero_stage,
+                "data": loader.state(recipe.steps),
                 "files": hashes,
             },
         )

@@ -17,7 +17,21 @@ from h3scale.study.demo import ALIGNMENTS, Demo
 ROOT = Path(__file__).parents[2]
 SCHEMAS = {"tokenizer": TokenizerRecipe, "fuse": FuseRecipe}
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-VERBS = ["", "demo", "data builtin", "data split", "data tokenizer", "train", "align", "fuse", "evaluate", "generate", "report"]
+VERBS = [
+    "",
+    "demo",
+    "data builtin",
+    "data split",
+    "data tokenizer",
+    "data prepare",
+    "data adapters",
+    "train",
+    "align",
+    "fuse",
+    "evaluate",
+    "generate",
+    "report",
+]
 VERBS += ["checkpoint consolidate", "checkpoint verify", "checkpoint release"]
 
 

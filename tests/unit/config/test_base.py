@@ -42,7 +42,7 @@ def test_a_number_without_a_dot_is_a_number(recipe: Path) -> None:
 def test_overrides_reach_into_sections_and_win(recipe: Path) -> None:
     loaded = load_recipe(TrainRecipe, recipe, ["router.loss_weight=2", "data.records=[b.jsonl,c.jsonl]"])
     assert loaded.router.loss_weight == 2
-    assert loaded.data.records == ["b.jsonl", "c.jsonl"]
+    assert [source.path for source in loaded.data.records] == ["b.jsonl", "c.jsonl"]
     assert loaded.data.rows_per_batch == 8
 
 
@@ -67,7 +67,7 @@ def test_extends_gives_what_is_not_set(recipe: Path, tmp_path: Path) -> None:
     child.write_text("extends: recipe.yaml\ndata: {rows_per_batch: 16}\n")
     loaded = load_recipe(TrainRecipe, child)
     assert loaded.data.rows_per_batch == 16
-    assert loaded.data.records == ["a.jsonl"]
+    assert [source.path for source in loaded.data.records] == ["a.jsonl"]
 
 
 def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:

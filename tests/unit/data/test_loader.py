@@ -73,6 +73,27 @@ def test_ranks_share_out_the_rows_and_nothing_else(topology: tuple[int, int], pa
         assert rows == Counter(tuple(row.tolist()) for row in batch.rows)
 
 
+@given(st.lists(st.floats(0.1, 1), min_size=3, max_size=3), st.integers(0, 99), st.sampled_from([1, 2, 4, 8]), st.booleans())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_no_micro_batch_misses_a_share_by_a_row(weights: list[float], seed: int, rows_per_micro_batch: int, mixed: bool) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = tuple(np.clip(generator.lognormal(3, 0.6, 97), 4, 90).astype(int).tolist())
+    loading = loader(
+        make({"helpful": 500, "harmless": 300, "honest": 90}, lengths),
+        seed,
+        sequence_length=256,
+        rows_per_batch=16,
+        packing="mixed" if mixed else "separate",
+        weights=dict(zip(ALIGNMENTS, weights, strict=True)),
+    )
+    shares = np.array(weights) / sum(weights)
+    for step in range(20):
+        for micro_batch in rows_of_rank(loading.batch(step), 0, 1, rows_per_micro_batch):
+            ids = np.concatenate(micro_batch)
+            tokens = np.bincount(loading.records.labels[ids], loading.kept[ids], 3)
+            assert (np.abs(tokens - shares * rows_per_micro_batch * 256) < 256).all()
+
+
 def test_a_thousand_ranks_see_what_one_sees() -> None:
     loading = loader(make({"helpful": 900, "harmless": 500, "honest": 80}), rows_per_batch=1024)
     whole = loading.batch(2)

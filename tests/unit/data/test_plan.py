@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from h3scale.config.data import Data
 from h3scale.data.mixture import Mixture, mixture
-from h3scale.data.plan import Planner, make_plan, open_plan, shuffled
+from h3scale.data.plan import make_plan, open_plan
+from h3scale.data.planner import Planner, shuffled
 
 NAMES = ("helpful", "harmless", "honest")
 

@@ -127,7 +127,9 @@ app.command()(data_inspect.inspect)
 def adapters() -> None:
     """List the public data sets whose fields are known, and under which licence they are.
 
-    Example: data.records=[{path: hub:tatsu-lab/alpaca}] or {path: alpaca.parquet, adapter: tatsu-lab/alpaca}
+    In a recipe: records: [{path: "hub:tatsu-lab/alpaca"}, {path: dolly.parquet, adapter: databricks/databricks-dolly-15k}]
+
+    Example: h3scale data adapters
     """
     from h3scale.data.adapters import ADAPTERS
 

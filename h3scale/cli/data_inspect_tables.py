@@ -67,7 +67,7 @@ def _accent(alignment: str, alignments: Sequence[str]) -> Text:
 
 
 def _show_sources(console: Console, found: Inspection) -> None:
-    table = _table("Sources", "", ("kept", *(cause.replace("_", "\n") for cause in CAUSES)))
+    table = _table("Sources", "", ("lines", "filtered", "kept", *(cause.replace("_", "\n") for cause in CAUSES)))
     shown, rest = found.sources[:MAX_SOURCES], found.sources[MAX_SOURCES:]
     for source in shown:
         _source_row(table, source.path, [source])
@@ -77,13 +77,12 @@ def _show_sources(console: Console, found: Inspection) -> None:
         table.add_section()
         _source_row(table, "all", found.sources)
     console.print(table)
-    left_out = f", {found.filtered:,} left out by the data set's adapter" if found.filtered else ""
-    console.print(f" {found.lines:,} lines{left_out}\n", style="dim")
 
 
 def _source_row(table: Table, name: str, sources: Sequence[SourceNumbers]) -> None:
     dropped = [sum(source.dropped[cause] for source in sources) for cause in CAUSES]
-    table.add_row(_name(name), f"{sum(source.records for source in sources):,}", *(f"{count:,}" for count in dropped))
+    counts = [sum(getattr(source, field) for source in sources) for field in ("lines", "filtered", "records")]
+    table.add_row(_name(name), *(f"{count:,}" for count in (*counts, *dropped)))
 
 
 def _show_alignments(console: Console, found: Inspection) -> None:

@@ -6,12 +6,11 @@ Shape suffixes: N records of all chunks, K those that are kept.
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 
 from h3scale.config.data import Hygiene
 from h3scale.data.duplicates import near_duplicates
@@ -20,12 +19,15 @@ from h3scale.data.sources import Part
 from h3scale.data.store import SMALL_BIT
 from h3scale.log import progress
 
-ARRAYS = ("lengths", "places", "labels", "digests", "leaks")
+ARRAYS = ("lengths", "places", "labels", "digests", "leaks", "ids")
 
 
 @dataclass
 class Chunks:
-    """The small arrays of all chunks behind each other, (N,); token ids and signatures stay in their files."""
+    """The small arrays of all chunks behind each other, (N,); token ids and signatures stay in their files.
+
+    lines, filtered: of each part. bad: where and what.
+    """
 
     paths: list[Path]
     parts: list[Part]
@@ -34,24 +36,24 @@ class Chunks:
     labels: np.ndarray
     digests: np.ndarray
     leaks: np.ndarray
+    ids: np.ndarray
     sources: np.ndarray
     chunk_starts: np.ndarray
-    alignments: list[str] = field(default_factory=list)
-    lines: int = 0
-    filtered: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)  # (where, what)
+    alignments: list[str]
+    lines: list[int]
+    filtered: list[int]
+    bad: list[tuple[str, str]]
 
     def where(self, record: int) -> str:
         return self.parts[self.sources[record]].where(int(self.places[record]))
 
 
 def read_chunks(paths: list[Path], parts: list[Part]) -> Chunks:
-    """All chunks, in order; ids that were used before make their record bad."""
+    """All chunks, in order; a record whose id was used before is bad."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*ARRAYS, "sources")}
     alignments: dict[str, int] = {}
-    seen: set[int] = set()
     bad: list[tuple[str, str]] = []
-    starts, lines, filtered = [0], 0, 0
+    starts, lines, filtered = [0], [0] * len(parts), [0] * len(parts)
     for path in paths:
         with np.load(path) as chunk:
             about = json.loads(chunk["about"].tobytes())
@@ -61,19 +63,18 @@ def read_chunks(paths: list[Path], parts: list[Part]) -> Chunks:
         bad += [(parts[source].where(line), what) for line, what in about["findings"]]
         names = np.array([alignments.setdefault(name, len(alignments)) for name in about["alignments"]] or [0], np.int16)
         columns["labels"][-1] = names[columns["labels"][-1]]
-        columns["sources"].append(np.full(len(about["ids"]), source, np.int16))
-        for i, record_id in enumerate(about["ids"]):
-            key = hash(record_id)
-            if key in seen:
-                bad.append((parts[source].where(int(columns["places"][-1][i])), f"id '{record_id}' was used before"))
-                columns["labels"][-1][i] = -1
-            seen.add(key)
-        starts.append(starts[-1] + len(about["ids"]))
-        lines += about["lines"]
-        filtered += about["filtered"]
+        columns["sources"].append(np.full(about["records"], source, np.int16))
+        starts.append(starts[-1] + about["records"])
+        lines[source] += about["lines"]
+        filtered[source] += about["filtered"]
     joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-    return Chunks(paths, parts, **joined, chunk_starts=np.array(starts), alignments=list(alignments),
-                  lines=lines, filtered=filtered, bad=bad)  # fmt: skip
+    chunks = Chunks(paths, parts, **joined, chunk_starts=np.array(starts), alignments=list(alignments),
+                    lines=lines, filtered=filtered, bad=bad)  # fmt: skip
+    first_N = _first_with_the_same(chunks.ids, np.ones(len(chunks.ids), bool))
+    for i in np.flatnonzero(first_N >= 0).tolist():
+        chunks.bad.append((chunks.where(i), f"its id was used before, in {chunks.where(int(first_N[i]))}"))
+        chunks.labels[i] = -1
+    return chunks
 
 
 def decide(chunks: Chunks, hygiene: Hygiene, heldout: list[str], signatures: Path) -> tuple[np.ndarray, list[dict[str, str]]]:
@@ -85,7 +86,7 @@ def decide(chunks: Chunks, hygiene: Hygiene, heldout: list[str], signatures: Pat
         dropped.append({"where": chunks.where(i), "why": "heldout", "what": prompt})
         keep_N[i] = False
     if hygiene.exact_duplicates:
-        _drop(chunks, keep_N, _exact(chunks.digests, keep_N), "exact_duplicate", dropped)
+        _drop(chunks, keep_N, _first_with_the_same(chunks.digests, keep_N), "exact_duplicate", dropped)
     if hygiene.near_duplicates is not None:
         kept = np.flatnonzero(keep_N)
         like = near_duplicates(_signatures(chunks, keep_N, signatures), hygiene.near_duplicates)
@@ -103,7 +104,7 @@ def _drop(chunks: Chunks, keep_N: np.ndarray, like_N: np.ndarray, why: str, drop
         keep_N[i] = False
 
 
-def _exact(digests: np.ndarray, keep_N: np.ndarray) -> np.ndarray:
+def _first_with_the_same(digests: np.ndarray, keep_N: np.ndarray) -> np.ndarray:
     """(N,): the first kept record with the same digest, where that is another one; else -1."""
     like_N = np.full(len(digests), -1)
     kept = np.flatnonzero(keep_N)
@@ -115,19 +116,13 @@ def _exact(digests: np.ndarray, keep_N: np.ndarray) -> np.ndarray:
 
 def _signatures(chunks: Chunks, keep_N: np.ndarray, path: Path) -> np.ndarray:
     """Signatures of the kept records in one mapped file, (K, P) uint32."""
-    total = None
-    at = 0
-    for number, chunk_path in enumerate(chunks.paths):
-        keep = keep_N[chunks.chunk_starts[number] : chunks.chunk_starts[number + 1]]
-        with np.load(chunk_path) as chunk:
-            rows = chunk["signatures"][keep]
-        if total is None:
-            total = open_memmap(path, "w+", np.uint32, (int(keep_N.sum()), rows.shape[1]))
-        total[at : at + len(rows)] = rows
-        at += len(rows)
-    assert total is not None
-    total.flush()
-    return np.load(path, mmap_mode="r")
+    with path.open("wb") as file:
+        for number, chunk_path in enumerate(chunks.paths):
+            keep = keep_N[chunks.chunk_starts[number] : chunks.chunk_starts[number + 1]]
+            with np.load(chunk_path) as chunk:
+                rows = chunk["signatures"][keep]
+            rows.tofile(file)
+    return np.memmap(path, np.uint32, "r").reshape(-1, rows.shape[1])
 
 
 def assemble(chunks: Chunks, keep_N: np.ndarray, vocab_size: int, folder: Path) -> dict[str, dict[str, int]]:
@@ -137,23 +132,22 @@ def assemble(chunks: Chunks, keep_N: np.ndarray, vocab_size: int, folder: Path) 
     lengths = chunks.lengths[keep_N].astype(np.int64)
     labels = chunks.labels[keep_N]
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = open_memmap(folder / "tokens.npy", "w+", dtype, (int(starts[-1]),))
     responses = np.zeros(len(lengths), np.int32)
     at = 0
-    with progress("write", int(starts[-1]), "tokens") as bar:
+    with (folder / "tokens.npy").open("wb") as file, progress("write", int(starts[-1]), "tokens") as bar:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": (int(starts[-1]),)}
+        np.lib.format.write_array_header_1_0(file, header)
         for keep, chunk_tokens, chunk_lengths in _kept_tokens(chunks, keep_N):
             size = int(chunk_lengths.sum())
             is_response = chunk_tokens >> RESPONSE_BIT
-            begin = int(starts[at])
-            tokens[begin : begin + size] = (
-                (chunk_tokens & np.uint32((1 << SMALL_BIT) - 1)) | (is_response << np.uint32(SMALL_BIT)) if small else chunk_tokens
-            )
+            if small:
+                chunk_tokens = (chunk_tokens & np.uint32((1 << SMALL_BIT) - 1)) | (is_response << np.uint32(SMALL_BIT))
+            chunk_tokens.astype(dtype).tofile(file)
             if size:
                 segments = np.cumsum(chunk_lengths) - chunk_lengths
                 responses[at : at + keep] = np.add.reduceat(is_response.astype(np.int32), segments)
             at += keep
             bar.advance(size)
-    tokens.flush()
     np.save(folder / "starts.npy", starts)
     np.save(folder / "responses.npy", responses)
     np.save(folder / "labels.npy", labels)

@@ -17,7 +17,6 @@ Shape suffixes: N records, P permutations.
 
 import hashlib
 import math
-import mmap
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,8 @@ import numpy as np
 from datasketch import MinHash
 from numpy.typing import NDArray
 
+from h3scale.data.pages import release
+
 NUM_PERM = 128
 TRIPLE = 3  # words a shingle
 MISS = 0.01  # pairs exactly at the threshold that may share no band
@@ -38,9 +39,11 @@ CHUNK = 1 << 12  # records hashed at once
 PAIRS = 1 << 9  # pairs compared at once: the kernel maps up to 64 KiB of a file around each of their signatures
 MAX_CACHED_WORDS = 1 << 17
 
+ASCII_VALUES, BYTE_VALUES = 128, 256
 OPERATORS = b"+-*/\\%=<>$#@&|~^"  # parts of words, or 12+7 would be 12-7 and C++ would be C
-KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789" + OPERATORS + bytes(range(128, 256)))
-ASCII_FOLD = bytes(code if code in KEPT else ord(" ") for code in bytes(range(256)).lower())
+ALL_BYTES = bytes(range(BYTE_VALUES))
+KEPT = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789" + OPERATORS + ALL_BYTES[ASCII_VALUES:])
+ASCII_FOLD = bytes(code if code in KEPT else ord(" ") for code in ALL_BYTES.lower())
 CHARACTER_SCRIPTS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0x20000, 0x3FFFF))  # no spaces between words
 
 # Odd 64-bit multipliers; which ones does not matter, that they stay does.
@@ -232,7 +235,7 @@ def _band_hashes(signatures: Any, kept: NDArray[np.int64], columns: slice) -> ND
         for column in part.T:
             mixed = (hashes[start : start + CHUNK] ^ column) * MIX[0]
             hashes[start : start + CHUNK] = mixed ^ (mixed >> np.uint64(29))
-        _release(signatures)
+        release(signatures)
     return hashes
 
 
@@ -242,15 +245,5 @@ def _near(signatures: Any, left: NDArray[np.int64], right: NDArray[np.int64], ne
     for start in range(0, len(left), PAIRS):
         part = slice(start, start + PAIRS)
         near[part] = np.count_nonzero(signatures[left[part]] == signatures[right[part]], axis=1) >= need
-        _release(signatures)
+        release(signatures)
     return near
-
-
-def _release(array: Any) -> None:
-    """Pages of a memory-mapped array count as this process's memory until they are given back; the file keeps them."""
-    while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap) and array.mode == "c":  # copy on write: what was written would be lost
-            return
-        array = array.base
-    if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        array.madvise(mmap.MADV_DONTNEED)

@@ -1,6 +1,7 @@
 """From records to token ids by the tokenizer's chat template. numpy only: preparing workers need no torch."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
 
+LONGEST_TAIL = 40  # characters of a template between its last added token and an answer, such as "assistant\n"
 RESPONSE_BIT = 31  # set in a stored token that belongs to an answer; token ids stay below 2**31
 
 
@@ -81,48 +83,117 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{tokenizer.name_or_path}: not a fast tokenizer (works: a folder with tokenizer.json)")
     special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or r"(?!)")
+    conversations = [record.messages for record in records]
+    forged = [next((m for turn in said if (m := special.search(turn["content"]))), None) for said in conversations]
+    rendered = iter(_render(tokenizer, [said for said, found in zip(conversations, forged, strict=True) if not found]))
     items: list[np.ndarray | str] = []
     texts: list[str] = []
     spans: list[list[tuple[int, int]]] = []
-    for record in records:
-        forged = next((m for turn in record.messages if (m := special.search(turn["content"]))), None)
-        rendered = None if forged else _render(tokenizer, record.messages)
-        if forged:
-            items.append(f"its text has the special token '{forged.group()}', which would end or begin a turn")
-        elif rendered is None:
+    for found in forged:
+        text, places = ("", []) if found else next(rendered)
+        if found:
+            items.append(f"its text has the special token '{found.group()}', which would end or begin a turn")
+        elif places is None:
             items.append("the chat template's conversation does not begin with its prompt")
         else:
             items.append("")
-            texts.append(rendered[0])
-            spans.append(rendered[1])
-    encodings = iter(zip(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True))
-    return [item or _flagged(*next(encodings)) for item in items]
+            texts.append(text)
+            spans.append(places)
+    flagged = iter(_Flagger(tokenizer).flagged(texts, spans))
+    return [item or next(flagged) for item in items]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]] | None:
-    """The conversation as text, and from where to where the assistant speaks; None where the template is not a prefix."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        after = text if i == len(messages) - 1 else tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not text.startswith(before) or not text.startswith(after) or len(after) <= len(before):
+def _render(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[tuple[str, list[tuple[int, int]] | None]]:
+    """Each conversation as text, and from where to where the assistant speaks; None where the template is not a prefix."""
+    if not conversations:
+        return []
+    turns = [(c, i) for c, said in enumerate(conversations) for i, turn in enumerate(said) if turn["role"] == "assistant"]
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    befores = tokenizer.apply_chat_template([conversations[c][:i] for c, i in turns], tokenize=False, add_generation_prompt=True)
+    inner = [(c, i) for c, i in turns if i < len(conversations[c]) - 1]
+    afters = tokenizer.apply_chat_template([conversations[c][: i + 1] for c, i in inner], tokenize=False) if inner else []
+    after_of = dict(zip(inner, afters, strict=True))
+    places: list[list[tuple[int, int]] | None] = [[] for _ in conversations]
+    for (c, i), before in zip(turns, befores, strict=True):
+        after = after_of.get((c, i), texts[c])
+        spans = places[c]
+        if not texts[c].startswith(before) or not texts[c].startswith(after) or len(after) <= len(before):
+            places[c] = None
+        elif spans is not None:
+            spans.append((len(before), len(after)))
+    return list(zip(texts, places, strict=True))
+
+
+class _Flagger:
+    """Token ids of texts, with the answer's bit on some spans of characters.
+
+    Tokens with their places in the text cost a third more than tokens alone, so places are asked for only where they are needed:
+    a span that begins or ends a few characters after an added token (as in `<|im_start|>assistant\\n`) is found by
+    counting added tokens, and by comparing what follows with these few characters tokenized by themselves.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.backend = tokenizer.backend_tokenizer
+        # not the one for unknown words, which stands for other text than its own
+        added = {token: i for token, i in tokenizer.get_added_vocab().items() if i != tokenizer.unk_token_id}
+        longest_first = sorted(added, key=len, reverse=True)
+        self.pattern = re.compile("|".join(re.escape(token) for token in longest_first) or r"(?!)")
+        self.is_added = np.zeros(max([len(tokenizer), *(i + 1 for i in added.values())]), bool)
+        self.is_added[list(added.values())] = True
+        self.tails: dict[str, list[int]] = {"": []}
+
+    def flagged(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[np.ndarray]:
+        """(S,) uint32 for each text. A token that reaches over the beginning of an answer belongs to the answer."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        found: list[np.ndarray] = []
+        for text, places, encoding in zip(texts, spans, encodings, strict=True):
+            tokens = np.array(encoding.ids, np.uint32)
+            bounds = self._by_counting(text, places, encoding.ids, tokens)
+            if bounds is None:
+                bounds = self._by_offsets(text, places)
+            for first, last in bounds:
+                tokens[first:last] |= np.uint32(1 << RESPONSE_BIT)
+            found.append(tokens)
+        return found
+
+    def _by_counting(
+        self, text: str, places: list[tuple[int, int]], ids: list[int], tokens: np.ndarray
+    ) -> list[tuple[int, int]] | None:
+        """First and last token of each span; None where that cannot be told for certain."""
+        ends = [match.end() for match in self.pattern.finditer(text)]
+        marks = np.flatnonzero(self.is_added[tokens]).tolist()
+        if len(ends) != len(marks):
             return None
-        spans.append((len(before), len(after)))
-    return text, spans
+        bounds = []
+        for begin, end in places:
+            first = self._after(text, begin, ends, marks, ids)
+            last = len(ids) if end == len(text) else self._after(text, end, ends, marks, ids)
+            if first is None or last is None:
+                return None
+            bounds.append((first, last))
+        return bounds
 
+    def _after(self, text: str, char: int, ends: list[int], marks: list[int], ids: list[int]) -> int | None:
+        """The first token from a character on, if it lies shortly after an added token and begins there."""
+        number = bisect_right(ends, char)
+        if not number or char - ends[number - 1] > LONGEST_TAIL:
+            return None
+        tail = text[ends[number - 1] : char]
+        if tail not in self.tails:
+            self.tails[tail] = self.backend.encode(f"{text[: ends[number - 1]]}{tail}", add_special_tokens=False).ids[
+                marks[number - 1] + 1 :
+            ]
+        expected = self.tails[tail]
+        first = marks[number - 1] + 1
+        return first + len(expected) if ids[first : first + len(expected)] == expected else None
 
-def _flagged(encoding: Any, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Ids with the answer's bit. A token that reaches over the beginning of an answer belongs to the answer."""
-    tokens = np.array(encoding.ids, np.uint32)
-    size = len(tokens)
-    for begin, end in spans:
-        first = _token_at(encoding, begin, size)
-        last = _token_at(encoding, end, size)
-        tokens[first:last] |= np.uint32(1 << RESPONSE_BIT)
-    return tokens
+    def _by_offsets(self, text: str, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        size = len(encoding.ids)
+        return [
+            (_token_at(encoding, begin, size), size if end == len(text) else _token_at(encoding, end, size))
+            for begin, end in places
+        ]
 
 
 def _token_at(encoding: Any, char: int, size: int) -> int:

@@ -21,9 +21,11 @@ WIDE = 16  # longest / shortest from which lengths are binned by their logarithm
 
 @dataclass(frozen=True)
 class SourceNumbers:
-    """One file or hub set: records in the store, and records left out by cause."""
+    """One file or hub set: its lines, those that its adapter leaves out, records in the store, records left out by cause."""
 
     path: str
+    lines: int
+    filtered: int
     records: int
     dropped: dict[str, int]
 
@@ -57,10 +59,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All of it. `lines` and `filtered`: lines of all sources, and those that an adapter leaves out."""
+    """All of it."""
 
-    lines: int
-    filtered: int
     sources: list[SourceNumbers]
     alignments: list[AlignmentNumbers]
     lengths: Lengths
@@ -69,7 +69,7 @@ class Inspection:
     def as_json(self) -> dict[str, Any]:
         """Everything as numbers; what is by step is thinned to POINTS stretches."""
         return {
-            "sources": {"lines": self.lines, "filtered": self.filtered, "files": [asdict(source) for source in self.sources]},
+            "sources": [asdict(source) for source in self.sources],
             "alignments": {item.name: {k: v for k, v in asdict(item).items() if k != "name"} for item in self.alignments},
             "plan": self.plan.as_json(),
             "lengths": {
@@ -85,8 +85,6 @@ def inspect_run(loader: TypedLoader, rows_per_micro_batch: int) -> Inspection:
     store = loader.records
     assert isinstance(store, Store)
     return Inspection(
-        store.manifest["lines"],
-        store.manifest["filtered"],
         source_numbers(store),
         alignment_numbers(loader),
         length_histogram(loader),
@@ -101,10 +99,9 @@ def source_numbers(store: Store) -> list[SourceNumbers]:
         for item in map(json.loads, file):
             dropped.setdefault(item["where"].rpartition(":")[0], Counter())[item["why"]] += 1
     kept = np.bincount(store.places[:, 0], minlength=len(store.manifest["sources"]))
-    kept_by_path = dict(zip((source["path"] for source in store.manifest["sources"]), kept.tolist(), strict=True))
     return [
-        SourceNumbers(path, kept_by_path.get(path, 0), {cause: counts[cause] for cause in CAUSES})
-        for path, counts in dropped.items()
+        SourceNumbers(source["path"], source["lines"], source["filtered"], records, {c: dropped[source["path"]][c] for c in CAUSES})
+        for source, records in zip(store.manifest["sources"], kept.tolist(), strict=True)
     ]
 
 

@@ -89,7 +89,7 @@ class TypedLoader:
     def fingerprint(self) -> str:
         """Of everything that decides the order: two loaders with the same one give the same batches."""
         shares = [(step, shares.tolist()) for step, shares in self.mixture.shares]
-        source = self.records.manifest["key"] if isinstance(self.records, Store) else _digest(self.records)
+        source = self.records.manifest["content"] if isinstance(self.records, Store) else _digest(self.records)
         settings = (self.length, self.data.rows_per_batch, self.data.packing, self.seed, self.mixture.max_records.tolist())
         return plan_key(ORDER, source, self.alignments, shares, settings)
 

@@ -242,13 +242,15 @@ class Planner:
     def _balanced(self, streams: dict[int, _Stream], room: int, due: dict[int, float]) -> list[tuple[int, int]]:
         """Two waiting records that fill the room to the token and leave every alignment nearest to what it should get."""
 
-        def missed(pair: list[tuple[int, int]]) -> float:
+        now = {a: abs(tokens) for a, tokens in due.items()}
+
+        def change(pair: list[tuple[int, int]]) -> float:
             (a, length), (b, rest) = pair
             if a == b:
-                return abs(due[a] - room) + sum(abs(d) for c, d in due.items() if c != a)
-            return abs(due[a] - length) + abs(due[b] - rest) + sum(abs(d) for c, d in due.items() if c not in (a, b))
+                return abs(due[a] - room) - now[a]
+            return abs(due[a] - length) - now[a] + abs(due[b] - rest) - now[b]
 
-        return min(islice(_pairs(streams, room), CHOICE), key=missed, default=[])
+        return min(islice(_pairs(streams, room), CHOICE), key=change, default=[])
 
     def _next(self, streams: dict[int, _Stream], room: int) -> list[tuple[int, int]]:
         """The longest waiting record that fits, of the alignment that is most due and has one."""

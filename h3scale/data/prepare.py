@@ -109,7 +109,7 @@ def _identity(data: Data, tokenizer: Any, parts: list[Part], root: Path) -> dict
     hashes = _Hashes(root / "hashes.json")
     sources = [
         {
-            "name": Path(part.path).name if part.kind != "hub" else part.path,
+            "path": part.path,
             "sha256": hashes.of(part.path) if part.kind != "hub" else None,
             "read_as": [part.kind, part.adapter, part.alignment, part.split, part.part],
         }
@@ -126,6 +126,14 @@ def _identity(data: Data, tokenizer: Any, parts: list[Part], root: Path) -> dict
         "tokenizer": hashlib.sha256(json.dumps(rules).encode()).hexdigest(),
         "hygiene": hygiene,
     }
+
+
+def content_key(identity: dict[str, Any]) -> str:
+    """Of what is in the store, wherever its sources were: two stores with the same one hold the same records."""
+    sources = [
+        {key: value for key, value in source.items() if key != "path" or source["sha256"] is None} for source in identity["sources"]
+    ]
+    return hashlib.sha256(json.dumps({**identity, "sources": sources}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _prepare(data: Data, tokenizer: Any, parts: list[Part], identity: dict[str, Any], folder: Path) -> None:
@@ -150,11 +158,14 @@ def _prepare(data: Data, tokenizer: Any, parts: list[Part], identity: dict[str, 
         "format": FORMAT,
         "key": folder.name,
         "identity": identity,
-        "sources": [{"path": part.path, "kind": part.kind} for part in parts],
+        "content": content_key(identity),
+        "sources": [
+            {"path": part.path, "kind": part.kind, "lines": lines, "filtered": filtered}
+            for part, lines, filtered in zip(parts, chunks.lines, chunks.filtered, strict=True)
+        ],
         "alignments": chunks.alignments,
         "counts": counts,
-        "lines": chunks.lines,
-        "filtered": chunks.filtered,
+        "lines": sum(chunks.lines),
         "dropped": causes,
         "files": {path.name: path.stat().st_size for path in sorted(made.iterdir())},
     }

@@ -5,7 +5,7 @@ Shape suffixes: N records, T tokens of all of them, G segments.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from h3scale.data.encode import RESPONSE_BIT, Encoded
+from h3scale.data.pages import release
+from h3scale.data.parts import Part
 from h3scale.errors import DataError, MissingInputError
 
 FORMAT = 1  # of the folder; a store of another format is prepared anew
+RELEASE_BYTES, RELEASE_RECORDS = 2**27, 2**12  # the kernel maps up to 64 KiB around each record of a file
 SMALL_BIT = 15  # tokenizers of at most 2**15 ids are stored in two bytes a token
 
 
@@ -91,11 +94,21 @@ class Store(Tokens):
     places: np.ndarray
     manifest: dict[str, Any]
     folder: Path
+    touched: list[int] = field(default_factory=lambda: [0])
+
+    def gather(self, ids_G: np.ndarray, sizes_G: np.ndarray, pad_id: int) -> np.ndarray:
+        """As Tokens.gather. Now and then a large file's pages are given back, or they would count as this process's memory."""
+        self.touched[0] += len(ids_G)
+        if self.touched[0] > RELEASE_RECORDS and self.tokens.nbytes > RELEASE_BYTES:
+            self.touched[0] = 0
+            release(self.tokens)
+        return super().gather(ids_G, sizes_G, pad_id)
 
     def where(self, record: int) -> str:
         """The file and line of a record."""
         source, line = self.places[record].tolist()
-        return f"{self.manifest['sources'][source]['path']}:{line}"
+        entry = self.manifest["sources"][source]
+        return Part(entry["path"], entry["kind"]).where(line)
 
 
 def open_store(folder: str | Path) -> Store:

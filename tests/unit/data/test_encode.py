@@ -1,7 +1,13 @@
 """Chat templates to tokens: only what the assistant says is an answer, turn by turn."""
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from h3scale.data import encode
 from h3scale.data.encode import RESPONSE_BIT, encode_block, encode_records, render_prompt
 from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
@@ -78,3 +84,67 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
         encode_records(tokenizer, [])
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>\
+{% endif %}{% endfor %}"
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    core.train_from_iterator(["user\nassistant\n\n\n the answer is  \n\n yes, no and it is so\n"] * 20, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, additional_special_tokens=["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>"
+    )
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE(byte_fallback=False))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, show_progress=False, special_tokens=["<unk>"])
+    core.train_from_iterator(["[INST] the answer is yes [/INST] no and it is so user assistant \n"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+FAST = {
+    "chatml": (byte_level, CHATML),
+    "first": (lambda: metaspace("first"), LLAMA2),
+    "always": (lambda: metaspace("always"), LLAMA2),
+    "words": (tiny_tokenizer, CHAT_TEMPLATE),
+}
+TEXTS = st.lists(st.sampled_from(["the answer", "yes", "\n", "\n\n", " ", "  ", "é", "assistant\n", "x"]), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_counting_added_tokens_finds_what_places_in_the_text_find(name: str) -> None:
+    make, template = FAST[name]
+    tokenizer = make()
+    tokenizer.chat_template = template
+    counted = []
+
+    @given(st.lists(TEXTS, min_size=2, max_size=4))
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    def check(parts: list[list[str]]) -> None:
+        said = ["".join(part) for part in parts]
+        history = (("user", said[2]), ("assistant", said[3])) if len(said) == 4 else ()
+        messages = Record("r", "helpful", said[0], said[1], history=history).messages
+        ((text, places),) = encode._render(tokenizer, [messages])
+        assert places is not None
+        flagger = encode._Flagger(tokenizer)
+        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        by_counting = flagger._by_counting(text, places, ids, np.array(ids, np.uint32))
+        counted.append(by_counting is not None)
+        assert by_counting is None or by_counting == flagger._by_offsets(text, places)
+        (tokens,) = flagger.flagged([text], [places])
+        assert (tokens & 0x7FFFFFFF).tolist() == ids
+        answer = tokenizer.decode((tokens[tokens >> RESPONSE_BIT == 1] & 0x7FFFFFFF).tolist())
+        assert name != "chatml" or said[1] in answer  # the others do not know every character
+
+    check()
+    assert np.mean(counted) > (0.3 if name in ("chatml", "words") else -1), "the fast way is never taken"

@@ -135,7 +135,7 @@ def test_what_is_dropped_is_written_down_with_its_reason(tmp_path: Path, tokeniz
     dropped = [json.loads(text) for text in (store.folder / "dropped.jsonl").read_text().splitlines()]
     assert [(item["where"].split(":")[-1], item["why"], item["what"]) for item in dropped] == [
         ("41", "bad", dropped[0]["what"]),
-        ("31", "bad", "id 'r5' was used before"),
+        ("31", "bad", f"its id was used before, in {path}:6"),
         ("51", "heldout", "what is the tallest mountain of all"),
         ("11", "exact_duplicate", f"{path}:4 (harmless here, helpful there)"),
         ("22", "near_duplicate", f"{path}:21 (helpful here, honest there)"),

@@ -61,7 +61,7 @@ def collate(
         weights_T[starts_G[g] : ends_G[g]] = 0
         roles_T[starts_G[g] : ends_G[g]] = PADDING
     targets_T[weights_T == 0] = IGNORE
-    labels_G = np.where(is_padding_G, -1, records.labels[ids_G])
+    labels_G = np.where(is_padding_G, np.int64(-1), records.labels[ids_G])
     shape = (len(rows), length)
     return Batch(
         *(

@@ -12,6 +12,7 @@ from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
 
 LONGEST_TAIL = 40  # characters of a template between its last added token and an answer, such as "assistant\n"
+PLACEHOLDER = "a prompt in whose place others will stand"
 RESPONSE_BIT = 31  # set in a stored token that belongs to an answer; token ids stay below 2**31
 
 
@@ -88,7 +89,7 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
     rendered = iter(_render(tokenizer, [said for said, found in zip(conversations, forged, strict=True) if not found]))
     items: list[np.ndarray | str] = []
     texts: list[str] = []
-    spans: list[list[tuple[int, int]]] = []
+    spans: list[list[Span]] = []
     for found in forged:
         text, places = ("", []) if found else next(rendered)
         if found:
@@ -103,17 +104,48 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
     return [item or next(flagged) for item in items]
 
 
-def _render(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[tuple[str, list[tuple[int, int]] | None]]:
+Span = tuple[int, int]
+
+
+def _render(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[tuple[str, list[Span] | None]]:
     """Each conversation as text, and from where to where the assistant speaks; None where the template is not a prefix."""
     if not conversations:
         return []
-    turns = [(c, i) for c, said in enumerate(conversations) for i, turn in enumerate(said) if turn["role"] == "assistant"]
     texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    around = _around_prompt(tokenizer)
+    places = [_single_answer(said, text, *around) for said, text in zip(conversations, texts, strict=True)]
+    others = [c for c, spans in enumerate(places) if spans is None]
+    found = _answers(tokenizer, [conversations[c] for c in others], [texts[c] for c in others])
+    for c, spans in zip(others, found, strict=True):
+        places[c] = spans
+    return list(zip(texts, places, strict=True))
+
+
+def _around_prompt(tokenizer: Any) -> tuple[str, str]:
+    """What the template writes before a first prompt, and between it and the answer."""
+    before, _, after = render_prompt(tokenizer, PLACEHOLDER).partition(PLACEHOLDER)
+    return before, after
+
+
+def _single_answer(said: list[dict[str, str]], text: str, before: str, after: str) -> list[Span] | None:
+    """The answer's place in one exchange whose text reads as expected (half the rendering of any other way); else None."""
+    if len(said) == 2:
+        begin = f"{before}{said[0]['content']}{after}"
+        if text.startswith(begin) and text.startswith(said[1]["content"], len(begin)):
+            return [(len(begin), len(text))]
+    return None
+
+
+def _answers(tokenizer: Any, conversations: list[list[dict[str, str]]], texts: list[str]) -> list[list[Span] | None]:
+    """The answers' places in any conversation: by rendering it up to each of the assistant's turns, and with it."""
+    turns = [(c, i) for c, said in enumerate(conversations) for i, turn in enumerate(said) if turn["role"] == "assistant"]
+    if not turns:
+        return [[] for _ in conversations]
     befores = tokenizer.apply_chat_template([conversations[c][:i] for c, i in turns], tokenize=False, add_generation_prompt=True)
     inner = [(c, i) for c, i in turns if i < len(conversations[c]) - 1]
     afters = tokenizer.apply_chat_template([conversations[c][: i + 1] for c, i in inner], tokenize=False) if inner else []
     after_of = dict(zip(inner, afters, strict=True))
-    places: list[list[tuple[int, int]] | None] = [[] for _ in conversations]
+    places: list[list[Span] | None] = [[] for _ in conversations]
     for (c, i), before in zip(turns, befores, strict=True):
         after = after_of.get((c, i), texts[c])
         spans = places[c]
@@ -121,7 +153,7 @@ def _render(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[t
             places[c] = None
         elif spans is not None:
             spans.append((len(before), len(after)))
-    return list(zip(texts, places, strict=True))
+    return places
 
 
 class _Flagger:
@@ -142,7 +174,7 @@ class _Flagger:
         self.is_added[list(added.values())] = True
         self.tails: dict[str, list[int]] = {"": []}
 
-    def flagged(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[np.ndarray]:
+    def flagged(self, texts: list[str], spans: list[list[Span]]) -> list[np.ndarray]:
         """(S,) uint32 for each text. A token that reaches over the beginning of an answer belongs to the answer."""
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         found: list[np.ndarray] = []
@@ -156,9 +188,7 @@ class _Flagger:
             found.append(tokens)
         return found
 
-    def _by_counting(
-        self, text: str, places: list[tuple[int, int]], ids: list[int], tokens: np.ndarray
-    ) -> list[tuple[int, int]] | None:
+    def _by_counting(self, text: str, places: list[Span], ids: list[int], tokens: np.ndarray) -> list[Span] | None:
         """First and last token of each span; None where that cannot be told for certain."""
         ends = [match.end() for match in self.pattern.finditer(text)]
         marks = np.flatnonzero(self.is_added[tokens]).tolist()
@@ -187,7 +217,7 @@ class _Flagger:
         first = marks[number - 1] + 1
         return first + len(expected) if ids[first : first + len(expected)] == expected else None
 
-    def _by_offsets(self, text: str, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _by_offsets(self, text: str, places: list[Span]) -> list[Span]:
         encoding = self.backend.encode(text, add_special_tokens=False)
         size = len(encoding.ids)
         return [

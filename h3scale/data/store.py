@@ -27,7 +27,7 @@ class Tokens:
     """Records by number.
 
     tokens: (T,) uint32 (or uint16) token ids, the highest bit set in the assistant's turns. starts: (N + 1,) int64.
-    responses: (N,) int64, tokens of answers. labels: (N,) int64, index into `alignments`, -1 for one that is not in it.
+    responses: (N,) int32, tokens of answers. labels: (N,) int16, index into `alignments`, -1 for one that is not in it.
     """
 
     tokens: np.ndarray
@@ -45,8 +45,8 @@ class Tokens:
         return cls(
             np.concatenate(tokens) if tokens else np.zeros(0, np.uint32),
             np.cumsum([0, *(len(part) for part in tokens)]),
-            np.array([item.num_response_tokens for item in encoded], np.int64),
-            np.array([label_of.get(item.record.alignment, -1) for item in encoded], np.int64),
+            np.array([item.num_response_tokens for item in encoded], np.int32),
+            np.array([label_of.get(item.record.alignment, -1) for item in encoded], np.int16),
             names,
         )
 
@@ -55,8 +55,8 @@ class Tokens:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each record, (N,) int64."""
-        return np.diff(self.starts)
+        """Tokens of each record, (N,) int32."""
+        return np.diff(self.starts).astype(np.int32)
 
     @property
     def response_bit(self) -> int:
@@ -68,7 +68,7 @@ class Tokens:
 
     def relabelled(self, alignments: Sequence[str]) -> "Tokens":
         """The same records with labels in another order; -1 for what is not in it."""
-        order = np.array([alignments.index(name) if name in alignments else -1 for name in self.alignments] + [-1], np.int64)
+        order = np.array([alignments.index(name) if name in alignments else -1 for name in self.alignments] + [-1], np.int16)
         return replace(self, labels=order[self.labels], alignments=tuple(alignments))
 
     def gather(self, ids_G: np.ndarray, sizes_G: np.ndarray, pad_id: int) -> np.ndarray:
@@ -79,7 +79,7 @@ class Tokens:
         return np.concatenate([self.tokens[start:end] if i >= 0 else padding[:size] for i, start, end, size in parts])
 
     def responses_within(self, length: int) -> np.ndarray:
-        """Tokens of answers among each record's first `length` tokens, (N,) int64; only longer records are looked into."""
+        """Tokens of answers among each record's first `length` tokens, (N,) int32; only longer records are looked into."""
         counts = self.responses.copy()
         for i in np.flatnonzero(self.lengths > length):
             start = int(self.starts[i])
@@ -134,8 +134,8 @@ def open_store(folder: str | Path) -> Store:
     return Store(
         np.asarray(arrays["tokens"]),
         np.array(arrays["starts"]),
-        np.array(arrays["responses"], np.int64),
-        np.array(arrays["labels"], np.int64),
+        np.array(arrays["responses"]),
+        np.array(arrays["labels"]),
         tuple(manifest["alignments"]),
         arrays["places"],
         manifest,

@@ -136,6 +136,7 @@ def test_counting_added_tokens_finds_what_places_in_the_text_find(name: str) -> 
         messages = Record("r", "helpful", said[0], said[1], history=history).messages
         ((text, places),) = encode._render(tokenizer, [messages])
         assert places is not None
+        assert [places] == encode._answers(tokenizer, [messages], [text])
         flagger = encode._Flagger(tokenizer)
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         by_counting = flagger._by_counting(text, places, ids, np.array(ids, np.uint32))

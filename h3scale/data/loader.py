@@ -157,15 +157,20 @@ class TypedLoader:
         return int(state["step"])
 
     def _plan(self, steps: int) -> Plan:
-        labels = np.where(self.usable, self.records.labels, -1)
         folder = self.records.folder / "plans" / self.fingerprint if isinstance(self.records, Store) else None
         found = open_plan(folder, steps) if folder else None
         if found:
             return found
-        planner = Planner(
-            self.kept, labels, self.mixture, capacity=self.length, seed=self.seed, separate=self.data.packing == "separate"
-        )
-        return make_plan(planner, self.data.rows_per_batch, steps, folder)
+        try:
+            return make_plan(self._planner(), self.data.rows_per_batch, steps, folder)
+        except OSError as error:
+            logger.warning("%s: the plan cannot be kept (%s), so it is made in memory", folder, error.strerror)
+            return make_plan(self._planner(), self.data.rows_per_batch, steps)
+
+    def _planner(self) -> Planner:
+        labels = np.where(self.usable, self.records.labels, -1)
+        separate = self.data.packing == "separate"
+        return Planner(self.kept, labels, self.mixture, capacity=self.length, seed=self.seed, separate=separate)
 
 
 class MicroBatches:

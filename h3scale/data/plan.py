@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import uuid
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,21 +36,22 @@ class Plan:
 def make_plan(planner: Planner, rows_per_batch: int, steps: int, folder: Path | None = None) -> Plan:
     """The first `steps` global batches, or fewer when every alignment has reached its last epoch.
 
-    With a folder the plan is written there (records.npy grows on disk, not in memory), complete or not at all, and mapped.
+    With a folder the plan is written into it (so that it grows on disk, not in memory), whole or not at all, and mapped.
     """
     if folder is None:
         parts: list[np.ndarray] = []
         starts = _planned(planner, rows_per_batch, steps, lambda part: parts.append(part.astype(np.uint32)))
         return Plan(np.concatenate(parts) if parts else np.zeros(0, np.uint32), starts, planner.ended)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder / f".partial-{uuid.uuid4().hex}"
     partial.mkdir(parents=True)
     with (partial / "records.u32").open("wb") as file:
         starts = _planned(planner, rows_per_batch, steps, lambda part: file.write(part.astype("<u4").tobytes()))
     np.save(partial / "row_starts.npy", starts)
-    (partial / "plan.json").write_text(json.dumps({"steps": steps, "ended": planner.ended}) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)  # a plan of fewer steps
-    partial.rename(folder)
+    (partial / "plan.json").write_text(json.dumps({"ended": planner.ended}) + "\n", encoding="utf-8")
+    try:
+        partial.rename(folder / str(steps))
+    except OSError:  # another process has just made the same
+        shutil.rmtree(partial)
     plan = open_plan(folder, steps)
     assert plan
     return plan
@@ -66,13 +68,13 @@ def _planned(planner: Planner, rows_per_batch: int, steps: int, keep: Any) -> np
 
 
 def open_plan(folder: Path, steps: int) -> Plan | None:
-    """Maps a written plan; None when there is none of that many steps."""
-    try:
-        about = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Maps the shortest written plan of so many steps or more; None when there is none."""
+    made = sorted(int(path.name) for path in folder.glob("[0-9]*")) if folder.is_dir() else []
+    enough = next((count for count in made if count >= steps), None)
+    if enough is None:
         return None
-    if about["steps"] < steps:
-        return None
+    folder = folder / str(enough)
+    about = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     path = folder / "records.u32"
     records = np.asarray(np.memmap(path, "<u4", "r")) if path.stat().st_size else np.zeros(0, np.uint32)
     return Plan(records, np.load(folder / "row_starts.npy"), [(step, name) for step, name in about["ended"]])

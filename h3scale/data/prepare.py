@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,13 @@ def prepare(data: Data, tokenizer: Any, root: str | Path) -> Store:
         raise OutputError(f"{root}: cannot be made ({error.strerror}; data.prepared names another folder)") from None
     identity = _identity(data, tokenizer, parts, root)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    manifest = root / key / "manifest.json"
     try:
-        with _alone(root / f".lock-{key}"):
-            if not (root / key / "manifest.json").is_file():
-                _say_what_changed(root, parts, identity)
-                _prepare(data, tokenizer, parts, identity, root / key)
+        if not manifest.is_file():  # a finished store needs no lock: it may be on a file system one can only read
+            with _alone(root / f".lock-{key}"):
+                if not manifest.is_file():
+                    _say_what_changed(root, parts, identity)
+                    _prepare(data, tokenizer, parts, identity, root / key)
     except OSError as error:
         raise StorageError(f"{root / key}: {error.strerror or error} (what is done is kept; run it again)") from None
     except BrokenProcessPool:
@@ -252,5 +254,6 @@ class _Hashes:
 
     def save(self) -> None:
         partial = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(self.known), encoding="utf-8")
-        partial.replace(self.path)
+        with suppress(OSError):  # where it cannot be written, files are read again next time
+            partial.write_text(json.dumps(self.known), encoding="utf-8")
+            partial.replace(self.path)

@@ -13,7 +13,7 @@ from h3scale.data.collate import Batch
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepare, prepared_folder, relevant_alignments
 from h3scale.data.store import open_store
-from h3scale.errors import UnsafeError
+from h3scale.errors import H3Error, MissingInputError, PeerLostError, UnsafeError
 from h3scale.log import logger, progress
 from h3scale.model.router import membership_AE
 from h3scale.train.anchor import DriftAnchor
@@ -102,29 +102,38 @@ def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
 
     The first rank prepares records and plan, if that has not been done; the others then open what it made.
     """
-    root = prepared_folder(recipe.data, recipe.out)
-    failure: list[Exception | None] = [None]
-    folder: list[str] = [""]
+    told: list[Any] = [None]  # to the other ranks, which wait: the folder, or what went wrong
+    failure: Exception | None = None
     if run.rank == 0:
         try:
-            folder = [str(prepare(recipe.data, run.tokenizer, root).folder)]
-            _open_loader(recipe, run, folder[0])
-        except Exception as error:  # told to the other ranks, which wait for it
-            failure = [error]
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
-    torch.distributed.broadcast_object_list(folder)
-    loader = _open_loader(recipe, run, folder[0])
+            folder = prepare(recipe.data, run.tokenizer, prepared_folder(recipe.data, recipe.out)).folder
+            _open_loader(recipe, run, folder).check_lengths()
+            told = [folder]
+        except H3Error as error:
+            told = [(type(error), error.findings)]
+            failure = error
+        except Exception as error:
+            told = [(PeerLostError, ["rank 0 failed while it prepared the records"])]
+            failure = error
+    torch.distributed.broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if isinstance(told[0], tuple):
+        kind, findings = told[0]
+        raise kind(findings)
+    loader = _open_loader(recipe, run, told[0])
     if run.rank == 0:
-        loader.check_lengths()
         for step, alignment in loader.plan.ended:
             if step < recipe.steps:  # a plan that was made for a longer run
                 logger.warning("%s reaches data.max_epochs at step %d; its share goes to the others", alignment, step)
     return loader
 
 
-def _open_loader(recipe: TrainRecipe, run: Run, folder: str) -> TypedLoader:
+def _open_loader(recipe: TrainRecipe, run: Run, folder: Path) -> TypedLoader:
+    if not folder.is_dir():
+        raise MissingInputError(
+            f"{folder}: prepared by rank 0, not seen by rank {run.rank} (data.prepared must be on shared storage)"
+        )
     store = open_store(folder)
     known = run.expert_map.alignments if run.expert_map else None
     alignments = relevant_alignments(store, recipe.alignment, known)

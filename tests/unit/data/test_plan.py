@@ -160,19 +160,20 @@ def test_a_schedule_changes_the_shares_at_its_step() -> None:
             assert np.abs(tokens / tokens.sum() - expected).max() < 0.05
 
 
-def test_a_written_plan_is_the_one_in_memory_and_longer_ones_replace_it(tmp_path) -> None:
+def test_a_written_plan_is_the_one_in_memory_and_longer_ones_stand_beside_it(tmp_path) -> None:
     lengths, labels = lognormal(500), np.arange(500) % 3
     memory = make_plan(planner(lengths, labels, [1, 1, 1], 512), 4, 30)
     assert open_plan(tmp_path / "plan", 10) is None
     make_plan(planner(lengths, labels, [1, 1, 1], 512), 4, 10, tmp_path / "plan")
     assert open_plan(tmp_path / "plan", 30) is None
     disk = make_plan(planner(lengths, labels, [1, 1, 1], 512), 4, 30, tmp_path / "plan")
-    again = open_plan(tmp_path / "plan", 10)
+    again = open_plan(tmp_path / "plan", 11)
     assert again
     for plan in (disk, again):
         assert np.array_equal(plan.records, memory.records)
         assert np.array_equal(plan.row_starts, memory.row_starts)
-    assert [p.name for p in tmp_path.iterdir()] == ["plan"]
+    assert sorted(p.name for p in (tmp_path / "plan").iterdir()) == ["10", "30"]
+    assert len(open_plan(tmp_path / "plan", 10).row_starts) == 41  # the shortest that is long enough
 
 
 def test_records_that_need_a_whole_row_each_and_tiny_ones_pack_together() -> None:

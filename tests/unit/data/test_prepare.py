@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from h3scale.config.data import Data
 from h3scale.data import prepare as module
 from h3scale.data.encode import encode_records
+from h3scale.data.loader import TypedLoader
 from h3scale.data.prepare import prepare, prepared_folder, relevant_alignments
 from h3scale.data.sources import read_records
 from h3scale.data.store import open_store
@@ -297,3 +299,24 @@ def test_where_stores_are() -> None:
     data = Data.model_validate({"records": ["x"]})
     assert prepared_folder(data, "models/fused") == Path("models/prepared")
     assert prepared_folder(data.model_copy(update={"prepared": "p"}), "models/fused") == Path("p")
+
+
+def test_where_a_plan_cannot_be_kept_it_is_made_in_memory(tmp_path: Path, tokenizer, caplog) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
+    data = recipe(path, sequence_length=64, rows_per_batch=2)
+    store = prepare(data, tokenizer, tmp_path / "prepared")
+    kept = TypedLoader(store, data, seed=0, steps=5)
+    assert [p.name for p in (store.folder / "plans" / kept.fingerprint).iterdir()] == ["5"]
+    shutil.rmtree(store.folder / "plans")
+    (store.folder / "plans").write_text("in the way")
+    loading = TypedLoader(store, data, seed=0, steps=5)
+    assert "the plan cannot be kept" in caplog.text
+    assert [loading.batch(s).records.tolist() for s in range(5)] == [kept.batch(s).records.tolist() for s in range(5)]
+
+
+def test_the_order_does_not_change_when_records_move(tmp_path: Path, tokenizer) -> None:
+    one, two = (write(tmp_path / name, [line(i) for i in range(30)]) for name in ("a.jsonl", "b.jsonl"))
+    stores = [prepare(recipe(path), tokenizer, tmp_path / "prepared") for path in (one, two)]
+    assert stores[0].folder != stores[1].folder  # each says where its records are
+    orders = [TypedLoader(store, recipe(one, sequence_length=64), seed=0).fingerprint for store in stores]
+    assert orders[0] == orders[1]

@@ -1,4 +1,4 @@
-"""h3scale data: the built-in records, the split, the tokenizer."""
+"""h3scale data: records, their tokenizer, the prepared store."""
 
 import shlex
 from pathlib import Path

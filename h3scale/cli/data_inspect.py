@@ -90,7 +90,7 @@ def _loader(recipe: TrainRecipe, tokenizer: Any) -> TypedLoader:
     from h3scale.data.prepare import prepare, prepared_folder, relevant_alignments
 
     store = prepare(recipe.data, tokenizer, prepared_folder(recipe.data, recipe.out))
-    alignments = relevant_alignments(store, recipe.alignment, _known_alignments(recipe.model))
+    alignments = relevant_alignments(store, recipe.data, recipe.alignment, _known_alignments(recipe.model))
     return TypedLoader(store, recipe.data, seed=recipe.seed, alignments=alignments, steps=recipe.steps)
 
 

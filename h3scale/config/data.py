@@ -72,6 +72,11 @@ class Data(Strict):
     """
 
     records: Sources
+    alignments: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="Which there are, in label order; a record of another is bad. None: the model's, or what the records name.",
+    )
     prepared: str | None = Field(
         default=None, description="Folder of the prepared stores; None is `prepared` beside the recipe's `out`."
     )

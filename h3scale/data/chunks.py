@@ -24,10 +24,11 @@ SMALL = 4_000  # lines: below that, other processes take longer to start than th
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Work:
     """What workers need to know. `heldout`: evaluation prompts, and the similarity from which a prompt is one of them."""
 
     tokenizer: Any
+    alignments: Sequence[str] | None
     sign: bool
     heldout: Sequence[str]
     heldout_similarity: float
@@ -36,18 +37,20 @@ class Recipe:
 class Worker:
     """Makes chunks; one in each process."""
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.heldout = Heldout(recipe.heldout, recipe.heldout_similarity) if recipe.heldout else None
+    def __init__(self, work: Work):
+        self.work = work
+        self.heldout = Heldout(work.heldout, work.heldout_similarity) if work.heldout else None
 
     def make(self, number: int, source: int, block: Block, path: Path) -> tuple[int, int, int]:
         """Writes the chunk of a block; gives its number, records and tokens."""
         parsed = parse_block(block)
-        items = encode_block(self.recipe.tokenizer, parsed.records)
+        items = encode_block(self.work.tokenizer, parsed.records)
         findings = list(parsed.findings)
         kept: list[tuple[Record, int, np.ndarray]] = []
         for record, place, item in zip(parsed.records, parsed.places, items, strict=True):
-            if isinstance(item, str):
+            if self.work.alignments and record.alignment not in self.work.alignments:
+                findings.append((place, f"unknown alignment '{record.alignment}' (works: {', '.join(self.work.alignments)})"))
+            elif isinstance(item, str):
                 findings.append((place, item))
             else:
                 kept.append((record, place, item))
@@ -57,6 +60,7 @@ class Worker:
         about = {
             "source": source,
             "lines": len(block.lines),
+            "checked": len(parsed.records) + len(parsed.findings),
             "filtered": parsed.filtered,
             "findings": sorted(findings),
             "alignments": alignments,
@@ -71,7 +75,7 @@ class Worker:
             "ids": np.array([id_digest(record.id) for record in records], np.uint64),
             "leaks": np.array([self._leak(record) for record in records], np.int32),
         }
-        if self.recipe.sign:
+        if self.work.sign:
             arrays["digests"], arrays["signatures"] = sign(texts)
         else:
             arrays["digests"] = np.array([digest(text) for text in texts], np.uint64)
@@ -95,45 +99,36 @@ def id_digest(record_id: str) -> int:
 
 
 def make_chunks(
-    jobs: Iterator[tuple[int, int, Block, Path]], recipe: Recipe, workers: int
+    jobs: Iterator[tuple[int, int, Block, Path]], work: Work, workers: int
 ) -> Iterator[tuple[Block, tuple[int, int, int]]]:
     """Makes all chunks, in this process or in several; gives each block as it is finished with (number, records, tokens).
 
     Few blocks are held at a time. Workers end when this process does, however it ends.
     """
     if workers == 1:
-        worker = Worker(recipe)
+        worker = Worker(work)
         for number, source, block, path in jobs:
             yield block, worker.make(number, source, block, path)
         return
-    # Not forked: this process may hold threads and process groups. The tokenizer's own threads would fight the workers.
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "RANK": "1"}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (recipe,)) as pool:
-            running = {}
-            for job in jobs:
-                running[pool.submit(_work, *job)] = job[2]
-                while len(running) >= 2 * workers:
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        yield running.pop(future), future.result()
-            for future, block in list(running.items()):
-                yield block, future.result()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    # Not forked: this process may hold threads and process groups.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (work,)) as pool:
+        running = {}
+        for job in jobs:
+            running[pool.submit(_work, *job)] = job[2]
+            while len(running) >= 2 * workers:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        for future, block in list(running.items()):
+            yield block, future.result()
 
 
 _worker: Worker
 
 
-def _begin(recipe: Recipe) -> None:
+def _begin(work: Work) -> None:
     global _worker
-    _worker = Worker(recipe)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would fight the other workers for the cores
+    _worker = Worker(work)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

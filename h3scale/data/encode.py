@@ -2,11 +2,13 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
@@ -83,10 +85,10 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
         raise ConfigError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{tokenizer.name_or_path}: not a fast tokenizer (works: a folder with tokenizer.json)")
-    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens) or r"(?!)")
+    special = _special_tokens(tokenizer)
     conversations = [record.messages for record in records]
     forged = [next((m for turn in said if (m := special.search(turn["content"]))), None) for said in conversations]
-    rendered = iter(_render(tokenizer, [said for said, found in zip(conversations, forged, strict=True) if not found]))
+    rendered = iter(_render_all(tokenizer, [said for said, found in zip(conversations, forged, strict=True) if not found]))
     items: list[np.ndarray | str] = []
     texts: list[str] = []
     spans: list[list[Span]] = []
@@ -95,16 +97,52 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
         if found:
             items.append(f"its text has the special token '{found.group()}', which would end or begin a turn")
         elif places is None:
-            items.append("the chat template's conversation does not begin with its prompt")
+            items.append(text)
         else:
             items.append("")
             texts.append(text)
             spans.append(places)
-    flagged = iter(_Flagger(tokenizer).flagged(texts, spans))
+    with _whole(tokenizer.backend_tokenizer):
+        flagged = iter(_Flagger(tokenizer).flagged(texts, spans))
     return [item or next(flagged) for item in items]
 
 
 Span = tuple[int, int]
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Whatever the tokenizer takes for a mark and not for text: its named special tokens, and all added ones of that kind."""
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(re.escape(token) for token in sorted(marks, key=len, reverse=True)) or r"(?!)")
+
+
+@contextmanager
+def _whole(backend: Any) -> Iterator[None]:
+    """Without the truncation and padding that a tokenizer.json, or an earlier call, may have left in the tokenizer."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield
+    finally:
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+
+
+def _render_all(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[tuple[str, list[Span] | None]]:
+    """As _render, but what is wrong with a conversation instead of its text where there are no places."""
+    try:
+        rendered = _render(tokenizer, conversations)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{tokenizer.name_or_path}: the chat template is not valid ({error})") from None
+    except TemplateError as error:  # the template itself refuses: a system turn, or turns that do not alternate
+        if len(conversations) == 1:
+            return [(f"the chat template refuses it ({error})", None)]
+        return [one for said in conversations for one in _render_all(tokenizer, [said])]
+    wrong = "the chat template's conversation does not begin with its prompt"
+    return [(wrong if places is None else text, places) for text, places in rendered]
 
 
 def _render(tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[tuple[str, list[Span] | None]]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from h3scale.data.duplicates import digest_of_words, words
+from h3scale.data.lines import read_lines
 from h3scale.data.records import BadRow, joined, kind_of, names_of, optional_text, parse_line, text_of
 from h3scale.errors import DataError, MissingInputError
 
@@ -105,15 +106,20 @@ def heldout_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingInputError(f"{path}: no such file")
+        raise MissingInputError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    if path.suffix in (".parquet", ".csv"):
+        raise DataError(f"{path}: an evaluation file must be JSON lines (works: .jsonl, .jsonl.gz)")
     prompts: list[str] = []
     findings: list[str] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                prompts.append(_prompt(parse_line(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)))
-            except BadRow as error:
-                findings.append(f"{path}:{number}: {error}")
+    for number, line in enumerate(read_lines(str(path), path.suffix == ".gz"), start=1):
+        if isinstance(line, bytes) and line.isspace():
+            continue
+        try:
+            if isinstance(line, str):
+                raise BadRow(line)
+            prompts.append(_prompt(parse_line(line)))
+        except BadRow as error:
+            findings.append(f"{path}:{number}: {error}")
     if not prompts and not findings:
         findings = [f"{path}: is empty (works: a JSON object with a prompt on each line)"]
     if findings:
@@ -123,7 +129,7 @@ def heldout_prompts(path: str | Path) -> list[str]:
 
 
 def _prompt(row: dict[str, Any]) -> str:
-    key = next((key for key in ("prompt", "question", "instruction", "messages") if key in row), None)
+    key = next((key for key in ("prompt", "question", "instruction", "messages") if row.get(key) is not None), None)
     if key is None:
         raise BadRow(f"no prompt (found: {names_of(row)}; works: prompt, question, instruction, messages)")
     if type(row[key]) is list:

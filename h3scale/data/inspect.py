@@ -94,14 +94,20 @@ def inspect_run(loader: TypedLoader, rows_per_micro_batch: int) -> Inspection:
 
 def source_numbers(store: Store) -> list[SourceNumbers]:
     """Each source of a store, in order."""
-    dropped: dict[str, Counter[str]] = {source["path"]: Counter() for source in store.manifest["sources"]}
+    dropped: list[Counter[str]] = [Counter() for _ in store.manifest["sources"]]
     with (store.folder / "dropped.jsonl").open(encoding="utf-8") as file:
         for item in map(json.loads, file):
-            dropped.setdefault(item["where"].rpartition(":")[0], Counter())[item["why"]] += 1
-    kept = np.bincount(store.places[:, 0], minlength=len(store.manifest["sources"]))
+            dropped[item["source"]][item["why"]] += 1
+    kept = np.bincount(store.places[:, 0], minlength=len(dropped)).tolist()
     return [
-        SourceNumbers(source["path"], source["lines"], source["filtered"], records, {c: dropped[source["path"]][c] for c in CAUSES})
-        for source, records in zip(store.manifest["sources"], kept.tolist(), strict=True)
+        SourceNumbers(
+            f"{source['path']} ({source['part']})" if source["part"] else source["path"],
+            source["lines"],
+            source["filtered"],
+            records,
+            {cause: counts[cause] for cause in CAUSES},
+        )
+        for source, records, counts in zip(store.manifest["sources"], kept, dropped, strict=True)
     ]
 
 

@@ -5,7 +5,8 @@ are; ranks only choose which rows are theirs. Any step can be had at once, so th
 
 Usable by itself:
 
-    loader = TypedLoader(open_store("prepared/4f1c..."), sequence_length=2048, rows_per_batch=64, seed=0)
+    data = Data(records=["records/"], sequence_length=2048, rows_per_batch=64)
+    loader = TypedLoader(prepare(data, tokenizer, "prepared"), data, seed=0)
     for batch in torch.utils.data.DataLoader(MicroBatches(loader, rank, world_size, 4, steps=1000), batch_size=None): ...
 """
 
@@ -21,7 +22,7 @@ from h3scale.data.mixture import Mixture, mixture
 from h3scale.data.plan import Plan, make_plan, open_plan, plan_key
 from h3scale.data.planner import Planner
 from h3scale.data.store import Store, Tokens
-from h3scale.errors import DataError
+from h3scale.errors import ConfigError, DataError
 from h3scale.log import logger
 
 ORDER = 1  # of the planner: another number, another order from the same seed
@@ -177,7 +178,7 @@ class MicroBatches:
     """One rank's micro-batches, in order, as a map-style data set for torch's DataLoader (batch_size=None).
 
     Item i is the tensors of micro-batch i from `start_step` on; what it is depends on nothing else, so any number of
-    DataLoader workers gives the same.
+    DataLoader workers gives the same. ConfigError (78) where the rows of a batch cannot be shared out evenly.
     """
 
     def __init__(
@@ -191,6 +192,10 @@ class MicroBatches:
         start_step: int = 0,
         pad_id: int = 0,
     ):
+        if loader.data.rows_per_batch % (rows_per_micro_batch * world_size):
+            raise ConfigError(
+                f"rows_per_batch = {loader.data.rows_per_batch} is no multiple of {world_size} ranks x {rows_per_micro_batch} rows"
+            )
         self.loader, self.rank, self.world_size = loader, rank, world_size
         self.rows, self.start_step, self.pad_id = rows_per_micro_batch, start_step, pad_id
         self.per_step = loader.data.rows_per_batch // (rows_per_micro_batch * world_size)

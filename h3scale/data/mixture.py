@@ -38,15 +38,12 @@ def mixture(data: Data, alignments: Sequence[str], tokens_A: np.ndarray, records
     else:
         power = 0.0 if data.temperature is None else 1 / data.temperature
         sizes = np.asarray(tokens_A, np.float64) / max(int(np.max(tokens_A)), 1)
-        phases = [(0, dict(zip(alignments, (sizes**power).tolist(), strict=True)))]
+        phases = [(0, dict(zip(alignments, (sizes**power).round(9).tolist(), strict=True)))]
     known = ", ".join(alignments)
+    key = "data.schedule" if data.schedule else "data.weights"
     for from_step, weights in phases:
-        findings += [
-            f"data.weights: from step {from_step}: '{a}' has no records (works: {known})" for a in set(weights) - set(alignments)
-        ]
-        findings += [
-            f"data.weights: from step {from_step}: no weight for '{a}' (0 leaves it out)" for a in alignments if a not in weights
-        ]
+        findings += [f"{key}: from step {from_step}: '{a}' has no records (works: {known})" for a in set(weights) - set(alignments)]
+        findings += [f"{key}: from step {from_step}: no weight for '{a}' (0 leaves it out)" for a in alignments if a not in weights]
     limits = data.max_epochs if isinstance(data.max_epochs, dict) else dict.fromkeys(alignments, data.max_epochs)
     findings += [f"data.max_epochs: '{a}' has no records (works: {known})" for a in limits if a not in alignments]
     if findings:

@@ -1,6 +1,8 @@
-"""Pages of memory-mapped files."""
+"""Files and the memory they are mapped into."""
 
 import mmap
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,3 +16,13 @@ def release(array: Any) -> None:
         array = array.base
     if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.madvise(mmap.MADV_DONTNEED)
+
+
+def sync(folder: Path) -> None:
+    """Makes the folder's files and their names durable."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from h3scale.data.pages import sync
 from h3scale.data.planner import Planner
+from h3scale.errors import DataError
 from h3scale.log import progress
 
 
@@ -22,6 +24,13 @@ class Plan:
     records: np.ndarray
     row_starts: np.ndarray
     ended: list[tuple[int, str]]
+    folder: Path | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the folder itself, if there is one."""
+        if self.folder:
+            return open_plan, (self.folder.parent, int(self.folder.name))
+        return Plan, (self.records, self.row_starts, self.ended)
 
     def rows(self, first: int, count: int) -> list[np.ndarray]:
         """Some rows from a number on."""
@@ -44,14 +53,16 @@ def make_plan(planner: Planner, rows_per_batch: int, steps: int, folder: Path | 
         return Plan(np.concatenate(parts) if parts else np.zeros(0, np.uint32), starts, planner.ended)
     partial = folder / f".partial-{uuid.uuid4().hex}"
     partial.mkdir(parents=True)
-    with (partial / "records.u32").open("wb") as file:
-        starts = _planned(planner, rows_per_batch, steps, lambda part: file.write(part.astype("<u4").tobytes()))
-    np.save(partial / "row_starts.npy", starts)
-    (partial / "plan.json").write_text(json.dumps({"ended": planner.ended}) + "\n", encoding="utf-8")
     try:
-        partial.rename(folder / str(steps))
-    except OSError:  # another process has just made the same
-        shutil.rmtree(partial)
+        with (partial / "records.u32").open("wb") as file:
+            starts = _planned(planner, rows_per_batch, steps, lambda part: file.write(part.astype("<u4").tobytes()))
+        np.save(partial / "row_starts.npy", starts)
+        (partial / "plan.json").write_text(json.dumps({"ended": planner.ended}) + "\n", encoding="utf-8")
+        sync(partial)
+        if not (folder / str(steps)).exists():  # else another process has just made the same
+            partial.rename(folder / str(steps))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     plan = open_plan(folder, steps)
     assert plan
     return plan
@@ -77,7 +88,10 @@ def open_plan(folder: Path, steps: int) -> Plan | None:
     about = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     path = folder / "records.u32"
     records = np.asarray(np.memmap(path, "<u4", "r")) if path.stat().st_size else np.zeros(0, np.uint32)
-    return Plan(records, np.load(folder / "row_starts.npy"), [(step, name) for step, name in about["ended"]])
+    starts = np.load(folder / "row_starts.npy")
+    if len(records) != starts[-1]:
+        raise DataError(f"{folder}: damaged, {len(records):,} of {starts[-1]:,} records (works: delete this folder)")
+    return Plan(records, starts, [(step, name) for step, name in about["ended"]], folder)
 
 
 def plan_key(*settings: Any) -> str:

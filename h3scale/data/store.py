@@ -96,6 +96,10 @@ class Store(Tokens):
     folder: Path
     touched: list[int] = field(default_factory=lambda: [0])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the folder itself; nothing of it is copied."""
+        return _reopened, (self.folder, self.alignments)
+
     def gather(self, ids_G: np.ndarray, sizes_G: np.ndarray, pad_id: int) -> np.ndarray:
         """As Tokens.gather. Now and then a large file's pages are given back, or they would count as this process's memory."""
         self.touched[0] += len(ids_G)
@@ -111,26 +115,41 @@ class Store(Tokens):
         return Part(entry["path"], entry["kind"]).where(line)
 
 
+def _size_of(path: Path) -> str:
+    return f"{path.stat().st_size} bytes" if path.is_file() else "is missing"
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError:
+        raise DataError(f"{path}: damaged (delete the folder and prepare again)") from None
+
+
+def _reopened(folder: Path, alignments: Sequence[str]) -> Tokens:
+    return open_store(folder).relabelled(alignments)
+
+
 def open_store(folder: str | Path) -> Store:
     """Maps a prepared folder into memory. MissingInputError (66) without a manifest, DataError (65) when files are not whole."""
     folder = Path(folder)
     path = folder / "manifest.json"
     if not path.is_file():
         raise MissingInputError(f"{folder}: not a prepared store (no manifest.json; h3scale data prepare RECIPE makes one)")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise DataError(f"{path}: damaged (delete the folder and prepare again)") from None
     if manifest.get("format") != FORMAT:
         raise DataError(f"{folder}: prepared in format {manifest.get('format')}, this version reads {FORMAT} (delete the folder)")
     short = [
-        f"{folder / name}: {(folder / name).stat().st_size if (folder / name).exists() else 0} bytes, the manifest says {size} "
-        "(delete the folder and prepare again)"
+        f"{folder / name}: {_size_of(folder / name)}, the manifest says {size} bytes (delete the folder and prepare again)"
         for name, size in manifest["files"].items()
         if not (folder / name).is_file() or (folder / name).stat().st_size != size
     ]
     if short:
         raise DataError(short)
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "starts", "responses", "labels", "places")
-    }
+    arrays = {name: _mapped(folder / f"{name}.npy") for name in ("tokens", "starts", "responses", "labels", "places")}
     return Store(
         np.asarray(arrays["tokens"]),
         np.array(arrays["starts"]),

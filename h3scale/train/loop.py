@@ -1,6 +1,7 @@
 """The training loop: from a recipe to a committed checkpoint. Every rank runs this."""
 
 import random
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
 
     The first rank prepares records and plan, if that has not been done; the others then open what it made.
     """
+    # Preparing may take hours, and a collective of the training's group minutes at most.
+    waiting = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
     told: list[Any] = [None]  # to the other ranks, which wait: the folder, or what went wrong
     failure: Exception | None = None
     if run.rank == 0:
@@ -115,7 +118,8 @@ def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:
         except Exception as error:
             told = [(PeerLostError, ["rank 0 failed while it prepared the records"])]
             failure = error
-    torch.distributed.broadcast_object_list(told)
+    torch.distributed.broadcast_object_list(told, group=waiting)
+    torch.distributed.destroy_process_group(waiting)
     if failure is not None:
         raise failure
     if isinstance(told[0], tuple):
@@ -136,7 +140,7 @@ def _open_loader(recipe: TrainRecipe, run: Run, folder: Path) -> TypedLoader:
         )
     store = open_store(folder)
     known = run.expert_map.alignments if run.expert_map else None
-    alignments = relevant_alignments(store, recipe.alignment, known)
+    alignments = relevant_alignments(store, recipe.data, recipe.alignment, known)
     return TypedLoader(store, recipe.data, seed=recipe.seed, alignments=alignments, steps=recipe.steps)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from checkpoint.conftest import save_tokenizer
+from tests.unit.checkpoint.conftest import save_tokenizer
 from h3scale.checkpoint import verify as room
 from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
 from h3scale.checkpoint.shards import INDEX, read_json

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from h3scale.data import encode
@@ -78,6 +78,26 @@ def test_special_tokens_in_the_text_are_a_finding_of_that_record_alone(tokenizer
     assert (items[0] == items[2]).all()
     with pytest.raises(DataError, match="record b: its text has the special token"):
         encode_records(tokenizer, records)
+
+
+def test_what_the_template_refuses_is_a_finding_of_that_record_alone(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    good = Record("r", "helpful", SAID[0], SAID[1])
+    items = encode_block(tokenizer, [good, conversation(), good])
+    assert items[1] == "the chat template refuses it (no system role)"
+    assert (items[0] == items[2]).all()
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ConfigError, match="the chat template is not valid"):
+        encode_block(tokenizer, [good])
+
+
+def test_added_marks_that_have_no_name_are_special_too(tokenizer) -> None:
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True)], special_tokens=False)
+    assert "<|header|>" not in tokenizer.all_special_tokens
+    (item,) = encode_block(tokenizer, [Record("r", "helpful", f"{SAID[0]} <|header|>", SAID[1])])
+    assert item == "its text has the special token '<|header|>', which would end or begin a turn"
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer) -> None:

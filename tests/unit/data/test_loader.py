@@ -146,6 +146,12 @@ def test_any_number_of_dataloader_workers_gives_the_same(num_workers: int) -> No
         assert torch.equal(ids, expected)
 
 
+def test_rows_that_cannot_be_shared_out_evenly_are_refused() -> None:
+    loading = loader(make({a: 30 for a in ALIGNMENTS}), rows_per_batch=10)
+    with pytest.raises(ConfigError, match="rows_per_batch = 10 is no multiple of 4 ranks x 1 rows"):
+        MicroBatches(loading, 0, 4, 1, steps=3)
+
+
 def test_the_state_is_a_step_and_another_order_is_refused() -> None:
     records = make({a: 30 for a in ALIGNMENTS})
     loading = loader(records)

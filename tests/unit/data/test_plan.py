@@ -1,5 +1,6 @@
 """The planner: rows are full, shares hold, every record once an epoch, the same from any start."""
 
+import hashlib
 import time
 from itertools import islice
 
@@ -183,6 +184,17 @@ def test_records_that_need_a_whole_row_each_and_tiny_ones_pack_together() -> Non
     assert all(lengths[row].sum() <= 100 for row in rows)
     tokens = np.bincount(np.concatenate([labels[row] for row in rows]), np.concatenate([lengths[row] for row in rows]))
     assert abs(tokens[0] / tokens.sum() - 0.9) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, "28045eb9c7cbe68c"), ({"separate": True}, "4aea7bbad2bc858f"), ({"limits": [-1, 90, 40]}, "dc486bd05c41dab7")],
+)
+def test_the_order_never_changes(options: dict, expected: str) -> None:
+    """Pinned: a planner that gives another order needs another ORDER in loader.py."""
+    lengths = 5 + (np.arange(300) * 7919) % 83
+    plan = make_plan(planner(lengths, np.arange(300) % 3, [3, 2, 1], 256, **options), 4, 40)
+    assert hashlib.sha256(plan.records.tobytes() + plan.row_starts.tobytes()).hexdigest()[:16] == expected
 
 
 def test_planning_is_linear_in_the_records() -> None:

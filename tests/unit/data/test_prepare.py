@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -155,8 +156,8 @@ def test_few_bad_lines_are_dropped_many_stop_and_strict_stops_at_one(tmp_path: P
     with pytest.raises(DataError) as strict:
         prepare(recipe(path, bad_records="stop"), tokenizer, tmp_path / "prepared")
     assert strict.value.findings[0].startswith(f"{path}:100: not valid UTF-8")
-    assert strict.value.findings[-1] == "1 of 100 lines are bad (1.00%), and data.bad_records is stop"
-    with pytest.raises(DataError, match=r"1 of 100 lines are bad \(1.00%\), and data.max_bad is 0.50%"):
+    assert strict.value.findings[-1] == "1 of 100 records are bad (1.00%), and data.bad_records is stop"
+    with pytest.raises(DataError, match=r"1 of 100 records are bad \(1.00%\), and data.max_bad is 0.50%"):
         prepare(recipe(path, max_bad=0.005), tokenizer, tmp_path / "prepared")
     many = write(tmp_path / "b.jsonl", [*[line(i) for i in range(20)], *[b"{"] * 30])
     with pytest.raises(DataError) as error:
@@ -285,14 +286,101 @@ def test_a_store_that_lost_bytes_is_refused(tmp_path: Path, tokenizer) -> None:
 
 def test_the_alignments_of_a_run(tmp_path: Path, tokenizer) -> None:
     path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
-    store = prepare(recipe(path), tokenizer, tmp_path / "prepared")
-    assert relevant_alignments(store, None, None) == list(ALIGNMENTS)
-    assert relevant_alignments(store, None, ["honest", "helpful", "harmless"]) == ["honest", "helpful", "harmless"]
-    assert relevant_alignments(store, "honest", None) == ["honest"]
+    data = recipe(path)
+    store = prepare(data, tokenizer, tmp_path / "prepared")
+    assert relevant_alignments(store, data, None, None) == list(ALIGNMENTS)
+    assert relevant_alignments(store, data, None, ["honest", "helpful", "harmless"]) == ["honest", "helpful", "harmless"]
+    assert relevant_alignments(store, data, "honest", None) == ["honest"]
     with pytest.raises(DataError, match=r"alignment 'funny' has no records \(found: helpful, harmless, honest\)"):
-        relevant_alignments(store, "funny", None)
+        relevant_alignments(store, data, "funny", None)
     with pytest.raises(DataError, match=r"alignment 'harmless' is none of the model's \(helpful, honest\)"):
-        relevant_alignments(store, None, ["helpful", "honest"])
+        relevant_alignments(store, data, None, ["helpful", "honest"])
+
+
+def test_a_misspelt_alignment_is_a_bad_record_or_at_least_a_warning(tmp_path: Path, tokenizer, caplog) -> None:
+    path = write(tmp_path / "a.jsonl", [*[line(i) for i in range(900)], line(900, alignment="helpfull")])
+    data = recipe(path, alignments=["honest", "harmless", "helpful"])
+    store = prepare(data, tokenizer, tmp_path / "prepared")
+    assert relevant_alignments(store, data, None, None) == ["honest", "harmless", "helpful"]
+    dropped = json.loads((store.folder / "dropped.jsonl").read_text())
+    assert dropped["where"] == f"{path}:901"
+    assert dropped["what"] == "unknown alignment 'helpfull' (works: honest, harmless, helpful)"
+    other = recipe(path)
+    names = relevant_alignments(prepare(other, tokenizer, tmp_path / "prepared"), other, None, None)
+    assert names == ["helpful", "harmless", "honest", "helpfull"]
+    assert f"{path}: only 1 records are 'helpfull': misspelt?" in caplog.text
+
+
+def test_what_the_tokenizer_was_left_with_changes_no_token(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
+    first = prepare(recipe(path), tokenizer, tmp_path / "one")
+    tokenizer(["ask1", "ask1 ask2 ask3"], padding=True, truncation=True, max_length=2)
+    assert tokenizer.backend_tokenizer.truncation
+    second = prepare(recipe(path), tokenizer, tmp_path / "two")
+    assert first.folder.name == second.folder.name
+    assert content(first.folder) == content(second.folder)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2
+
+
+def test_which_token_is_which_is_part_of_the_store(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s>", "{{ eos_token }}")
+    first = prepare(recipe(path), tokenizer, tmp_path / "prepared")
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
+    second = prepare(recipe(path), tokenizer, tmp_path / "prepared")
+    assert first.manifest["content"] != second.manifest["content"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
+    make = module._make_chunks
+
+    def change(*arguments):
+        paths = make(*arguments)
+        write(path, [line(i) for i in range(31)])
+        return paths
+
+    monkeypatch.setattr(module, "_make_chunks", change)
+    with pytest.raises(DataError, match="changed while being read"):
+        prepare(recipe(path), tokenizer, tmp_path / "prepared")
+
+
+def test_a_damaged_part_is_made_anew(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
+    monkeypatch.setattr(module, "assemble", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(StorageError):
+        prepare(recipe(path), tokenizer, tmp_path / "prepared")
+    monkeypatch.undo()
+    (chunk,) = (tmp_path / "prepared").glob(".work-*/chunks/*.npz")
+    chunk.write_bytes(b"")
+    with pytest.raises(StorageError, match="a damaged part"):
+        prepare(recipe(path), tokenizer, tmp_path / "prepared")
+    assert len(prepare(recipe(path), tokenizer, tmp_path / "prepared")) == 30
+
+
+def test_other_processes_open_store_and_plan_themselves(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(300)])
+    data = recipe(path, sequence_length=64, rows_per_batch=4)
+    loading = TypedLoader(prepare(data, tokenizer, tmp_path / "prepared"), data, seed=0, steps=50, alignments=["honest", "helpful"])
+    copied = pickle.dumps(loading.records)
+    assert len(copied) < 500
+    again = pickle.loads(copied)
+    assert (again.labels == loading.records.labels).all()
+    assert again.alignments == ("honest", "helpful")
+    assert len(pickle.dumps(loading.plan)) < 500
+    assert (pickle.loads(pickle.dumps(loading.plan)).records == loading.plan.records).all()
+
+
+def test_a_damaged_plan_is_not_trained_on(tmp_path: Path, tokenizer) -> None:
+    path = write(tmp_path / "a.jsonl", [line(i) for i in range(30)])
+    data = recipe(path, sequence_length=64, rows_per_batch=2)
+    store = prepare(data, tokenizer, tmp_path / "prepared")
+    TypedLoader(store, data, seed=0, steps=5)
+    (records,) = (store.folder / "plans").glob("*/5/records.u32")
+    with records.open("r+b") as file:
+        file.truncate(16)
+    with pytest.raises(DataError, match="damaged, 4 of "):
+        TypedLoader(store, data, seed=0, steps=5)
 
 
 def test_where_stores_are() -> None:

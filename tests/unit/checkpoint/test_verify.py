@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.unit.checkpoint.conftest import save_tokenizer
 from h3scale.checkpoint import verify as room
 from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
 from h3scale.checkpoint.shards import INDEX, read_json
 from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
 from h3scale.cli.checkpoint import app
 from h3scale.errors import DataError, MissingInputError, UnsafeError
+from tests.unit.checkpoint.conftest import save_tokenizer
 
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
 

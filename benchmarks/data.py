@@ -15,26 +15,31 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
-import data_memory
-import data_mixing
-import data_speed
-import torch
-from data_corpus import Corpus, corpus
 from measure import Row, machine, print_table, versions
 
+if TYPE_CHECKING:
+    from data_corpus import Corpus
+
+# Functions by name: the processes that `prepare` starts import this file too, and should not pay for all of these modules.
 SUBJECTS = {
-    "waste": data_mixing.waste,
-    "shares": data_mixing.shares,
-    "packed_tokens_per_s": data_speed.packed_tokens,
-    "prepare": data_speed.prepare_speed,
-    "planner": data_speed.planner,
+    "waste": "data_mixing:waste",
+    "shares": "data_mixing:shares",
+    "packed_tokens_per_s": "data_speed:packed_tokens",
+    "prepare": "data_speed:prepare_speed",
+    "prepare_at_scale": "data_speed:prepare_at_scale",
+    "planner": "data_speed:planner",
 }
 LARGE = ("memory", "resume")  # one run gives both
 PACKAGES = ("torch", "numpy", "datasets", "tokenizers", "transformers", "trl", "streaming-community")
 
 
 def main() -> None:
+    import torch
+    from data_corpus import corpus
+
     words = _words()
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-"))
@@ -53,14 +58,15 @@ def main() -> None:
         print(f"\nwritten: {words.out}")
 
 
-def _run(name: str, records: Corpus, tiny: bool, work: Path, found: dict[str, Row]) -> None:
+def _run(name: str, records: "Corpus", tiny: bool, work: Path, found: dict[str, Row]) -> None:
     """Runs a subject and prints its table; `resume` is found by `memory`."""
     if name in found:
         return
     began, load = time.perf_counter(), os.getloadavg()[0]
-    subjects = dict(zip(LARGE, data_memory.memory(tiny, work), strict=True)) if name in LARGE else {
-        name: SUBJECTS[name](records, tiny)
-    }  # fmt: skip
+    if name in LARGE:
+        subjects = dict(zip(LARGE, resolve_name("data_memory:memory")(tiny, work), strict=True))
+    else:
+        subjects = {name: resolve_name(SUBJECTS[name])(records, tiny)}
     about = {"seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg()[0]}
     for subject, rows in subjects.items():
         found[subject] = {**about, "rows": rows}

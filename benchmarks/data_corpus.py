@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,20 @@ def write_made_up(path: Path, count: int, seed: int = 0) -> None:
                 "response": " ".join(said[cut:]),
             }
             file.write(json.dumps(row) + "\n")
+
+
+def write_shuffled(path: Path, records: list[Record], copies: int, seed: int = 0) -> None:
+    """Each record `copies` times, with its words in other orders: as many and as long words, and no two are near-duplicates."""
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for copy in range(copies):
+            for record in records:
+                said = [record.prompt.split(" "), record.response.split(" ")]
+                for listed in said:
+                    rng.shuffle(listed)
+                prompt, response = (" ".join(listed) for listed in said)
+                shuffled = replace(record, id=f"{record.id}/{copy}", prompt=prompt, response=response, history=())
+                file.write(shuffled.to_json() + "\n")
 
 
 def made_up_tokenizer(work: Path, tiny: bool) -> Path:

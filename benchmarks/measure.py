@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Timing:
-    """Seconds of each round; the process's CPU time counts all of its threads."""
+    """Seconds of each round; CPU time counts all threads, and the processes that were started and have ended."""
 
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
@@ -48,11 +49,16 @@ def interleaved(works: Mapping[str, Callable[[], Any]], rounds: int, before: Cal
     for _ in range(rounds):
         for name, work in works.items():
             before()
-            wall, cpu = time.perf_counter(), time.process_time()
+            wall, cpu = time.perf_counter(), _cpu_s()
             work()
-            timings[name].cpu_s.append(time.process_time() - cpu)
+            timings[name].cpu_s.append(_cpu_s() - cpu)
             timings[name].wall_s.append(time.perf_counter() - wall)
     return timings
+
+
+def _cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def peak_memory(command: list[str], environment: Mapping[str, str]) -> tuple[str, Row]:

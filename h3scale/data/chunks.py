@@ -1,5 +1,6 @@
 """A block of lines as a file of token ids and fingerprints: what one worker process makes, whole or not at all."""
 
+import gc
 import hashlib
 import json
 import os
@@ -127,6 +128,7 @@ _worker: Worker
 
 def _begin(work: Work) -> None:
     global _worker
+    gc.freeze()  # a full collection would visit all of PyTorch's objects each time
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would fight the other workers for the cores
     _worker = Worker(work)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -217,8 +217,9 @@ class _Flagger:
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         found: list[np.ndarray] = []
         for text, places, encoding in zip(texts, spans, encodings, strict=True):
-            tokens = np.array(encoding.ids, np.uint32)
-            bounds = self._by_counting(text, places, encoding.ids, tokens)
+            ids = encoding.ids  # a new list each time it is asked for
+            tokens = np.array(ids, np.uint32)
+            bounds = self._by_counting(text, places, ids, tokens)
             if bounds is None:
                 bounds = self._by_offsets(text, places)
             for first, last in bounds:

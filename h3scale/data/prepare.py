@@ -7,6 +7,7 @@ serves all runs with the same records and tokenizer, and changed records are ano
 
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -36,6 +37,20 @@ FEW = 0.002  # an alignment with a smaller share of the records may be a misspel
 MAX_SHOWN = 20  # findings printed before "and N more"
 
 
+@contextmanager
+def _unscanned() -> Iterator[None]:
+    """What is there already is left out of garbage collection: a full one would visit all of PyTorch's objects each time."""
+    if gc.get_freeze_count():  # by the caller
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_unscanned()
 def prepare(data: Data, tokenizer: Any, root: str | Path) -> Store:
     """The prepared store of a recipe's records under `root`: made now, or found there.
 
@@ -122,18 +137,7 @@ def relevant_alignments(store: Store, data: Data, wanted: str | None, known: Seq
 
 def _identity(data: Data, tokenizer: Any, parts: list[Part], root: Path) -> dict[str, Any]:
     """Everything that decides the content of the store."""
-    hashes = _Hashes(root / "hashes.json")
-    sources = [
-        {
-            "path": part.path,
-            "sha256": hashes.of(part.path) if part.kind != "hub" else None,
-            "read_as": [part.kind, part.adapter, part.alignment, part.split, part.part],
-        }
-        for part in parts
-    ]
-    hygiene = data.hygiene.model_dump()
-    hygiene["heldout"] = [hashes.of(path) for path in data.hygiene.heldout]
-    hashes.save()
+    sources, heldout = _files(data, parts, root)
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}  # encode leaves them out
     rules |= {
@@ -145,8 +149,24 @@ def _identity(data: Data, tokenizer: Any, parts: list[Part], root: Path) -> dict
         "alignments": data.alignments,
         "sources": sources,
         "tokenizer": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
-        "hygiene": hygiene,
+        "hygiene": data.hygiene.model_dump() | {"heldout": heldout},
     }
+
+
+def _files(data: Data, parts: list[Part], root: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What is read, and from what: of the sources and of the evaluation files."""
+    hashes = _Hashes(root / "hashes.json")
+    sources = [
+        {
+            "path": part.path,
+            "sha256": hashes.of(part.path) if part.kind != "hub" else None,
+            "read_as": [part.kind, part.adapter, part.alignment, part.split, part.part],
+        }
+        for part in parts
+    ]
+    heldout = [hashes.of(path) for path in data.hygiene.heldout]
+    hashes.save()
+    return sources, heldout
 
 
 def _prepare(data: Data, tokenizer: Any, parts: list[Part], identity: dict[str, Any], folder: Path) -> None:
@@ -156,7 +176,7 @@ def _prepare(data: Data, tokenizer: Any, parts: list[Part], identity: dict[str, 
     sign = data.hygiene.near_duplicates is not None
     task = Work(tokenizer, data.alignments, sign, heldout, data.hygiene.heldout_similarity)
     paths = _make_chunks(parts, task, data.workers, work / "chunks")
-    if _identity(data, tokenizer, parts, folder.parent) != identity:
+    if _files(data, parts, folder.parent) != (identity["sources"], identity["hygiene"]["heldout"]):
         shutil.rmtree(work)
         raise DataError(f"{', '.join(part.path for part in parts)}: changed while being read (works: run it again)")
     chunks = read_chunks(paths, parts)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SUBJECTS = {"waste", "shares", "packed_tokens_per_s", "prepare", "planner", "memory", "resume"}
+SUBJECTS = {"waste", "shares", "packed_tokens_per_s", "prepare", "prepare_at_scale", "planner", "memory", "resume"}
 FIGURES = {
     "waste": {"row_tokens", "waste", "cut"},
     "shares": {"rows_per_batch", "batches", "equal_mean", "equal_p95", "own_mean", "own_p95"},
     "packed_tokens_per_s": {"row_tokens", "tokens", "tokens_per_cpu_s", "tokens_per_wall_s", "ours_is_faster", "cpu_s_median"},
     "prepare": {"tokens", "tokens_per_cpu_s", "ratio", "ratio_of_medians", "cpu_s_min", "wall_s_median"},
+    "prepare_at_scale": {"records", "tokens", "tokens_per_wall_s", "ratio", "cpu_ratio", "wall_s_min"},
     "planner": {"row_tokens", "records_per_cpu_s", "waste", "cpu_s_min", "cpu_s_median"},
     "memory": {"records", "seconds", "parent_anon_mib", "parent_rss_mib", "worker_anon_mib", "worker_rss_mib"},
     "resume": {"records", "seconds_min", "seconds_median", "open_s", "plan_s", "batch_s"},

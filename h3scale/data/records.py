@@ -209,8 +209,6 @@ def _alignment(row: Row, default: str | None) -> str:
     alignment = named or typed or default
     if not alignment:
         raise BadRow(f"alignment: is missing (found: {names_of(row)}; works too: alignment of the whole source)")
-    if not alignment.isprintable():
-        raise BadRow(f"alignment: '{shown(alignment)}' has a character that cannot be printed")
     return alignment
 
 

@@ -81,7 +81,6 @@ def test_a_line_that_is_no_json_object_says_why(line: bytes, finding: str) -> No
         (ROW | {"id": 1.5}, "id: expected a text or a whole number, found float"),
         (ROW | {"source": ["x"]}, "source: expected a text, found list"),
         (ROW | {"alignment": 1}, "alignment: expected a text, found int"),
-        (ROW | {"alignment": "help\x1b[2Jful"}, "alignment: 'help\\x1b[2Jful' has a character that cannot be printed"),
         (ROW | {"type": "honest"}, "type: 'honest' differs from alignment 'helpful' (works: one of the two)"),
         (ROW | {"promt": "x"}, "promt: unknown key (did you mean 'prompt'?)"),
         (ROW | {"n\nx": "x"}, "n\\nx: unknown key (works: prompt, response, id, alignment, type, source, metadata)"),

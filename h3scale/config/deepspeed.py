@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from h3scale.config.base import find
@@ -83,6 +84,33 @@ EXPERT_PARALLEL_FREE = {
 }
 
 
+SECTIONS = {
+    "zero_optimization": ZERO_OPTIMIZATION,
+    "zero_optimization.offload_param": {"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
+    "zero_optimization.offload_optimizer": {
+        "device",
+        "nvme_path",
+        "buffer_count",
+        "pin_memory",
+        "pipeline_read",
+        "pipeline_write",
+        "fast_init",
+        "ratio",
+        "super_offload",
+        "cpuadam_cores_perc",
+    },
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"},
+    "activation_checkpointing": {
+        "partition_activations",
+        "number_checkpoints",
+        "contiguous_memory_optimization",
+        "synchronize_checkpoint_boundary",
+        "profile",
+        "cpu_checkpointing",
+    },
+}
+
+
 def read_deepspeed(path: str) -> dict[str, Any]:
     """The JSON of a ds_config; ConfigError (78) with all findings for owned or unknown keys and for "auto"."""
     file = find(path)
@@ -92,7 +120,7 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    sections = [key for key in ("zero_optimization", "expert_parallel") if not isinstance(values.get(key, {}), dict)]
+    sections = [key for key in ("expert_parallel", *SECTIONS) if not isinstance(values.get(key, {}), dict)]
     if sections:
         raise ConfigError([f"{path}: {key}: expected a JSON object" for key in sections])
     findings = [f"{path}: {key}: the recipe owns this (set {OWNED[key]} there)" for key in values if key in OWNED]
@@ -108,11 +136,19 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         for key in expert_parallel
         if key not in EXPERT_PARALLEL_FREE and key not in EXPERT_PARALLEL
     ]
+    for section, known in SECTIONS.items():
+        inside: Any = values
+        for name in section.split("."):
+            inside = inside.get(name, {}) if isinstance(inside, dict) else {}
+        if isinstance(inside, dict):
+            findings += [_unknown(path, f"{section}.{key}", key, known) for key in inside if key not in known]
+    findings += [f"{path}: {place}: 'auto' is no value here (write a number)" for place in _autos(values, "")]
     zero = values.get("zero_optimization", {})
     findings += [
-        f"{path}: zero_optimization.{key}: 'auto' is no value here (write a number)" for key in zero if zero[key] == "auto"
+        f"{path}: zero_optimization.{key}: expected a JSON object"
+        for key in ("offload_param", "offload_optimizer")
+        if not isinstance(zero.get(key, {}), dict)
     ]
-    findings += [_unknown(path, f"zero_optimization.{key}", key, ZERO_OPTIMIZATION) for key in zero if key not in ZERO_OPTIMIZATION]
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         findings.append(f"{path}: zero_optimization.stage: {zero['stage']!r} (works: 0, 1, 2, 3)")
     if findings:
@@ -157,6 +193,15 @@ def complete(
     else:
         config.pop("expert_parallel", None)
     return config
+
+
+def _autos(value: Any, place: str) -> Iterator[str]:
+    """Where "auto" stands: the Trainer of transformers fills it in, DeepSpeed itself turns it into anything."""
+    if value == "auto":
+        yield place
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _autos(inner, f"{place}.{key}" if place else key)
 
 
 def _unknown(path: str, shown: str, key: str, known: set[str]) -> str:

@@ -12,7 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
-TRAINABLE = ("all", "experts", "router", "ffn", "attention", "norms", "embeddings")
+Group = Literal["experts", "router", "ffn", "attention", "norms", "embeddings"]  # of parameters, see model.trainable
 
 
 class Architecture(Strict):
@@ -38,14 +38,20 @@ class Architecture(Strict):
 
 
 class Optimizer(Strict):
-    """AdamW with warm-up, then the schedule down to `final_share` of the learning rate."""
+    """AdamW with warm-up, then the schedule down to `final_share` of the learning rate.
+
+    wsd (warm-up, stable, decay) keeps the peak until the last `decay_share` of the steps and falls in a line: what it
+    did before the decay does not depend on how long the run is.
+    """
 
     learning_rate: float = Field(gt=0)
-    router_learning_rate: float | None = Field(default=None, gt=0)  # the router is small and starts far: it may need more
+    # Of single groups; 0 keeps a group as it is, in a checkpoint that can be written (frozen experts cannot, under ZeRO-3).
+    learning_rates: dict[Group, NotNegative] = Field(default_factory=dict)
     betas: Annotated[tuple[float, float], Strict_(False)] = (0.9, 0.95)
     weight_decay: NotNegative = 0.0
     warmup_share: Share = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_share: Share = 0.2  # of wsd
     final_share: Share = 0.1
     clip_norm: float = Field(default=1.0, gt=0)
 
@@ -83,7 +89,7 @@ class TrainRecipe(Strict):
     data: Data
     steps: Positive
     rows_per_micro_batch: Positive = 4
-    trainable: list[Literal["all", "experts", "router", "ffn", "attention", "norms", "embeddings"]] = Field(min_length=1)
+    trainable: list[Literal["all"] | Group] = Field(min_length=1)
     optimizer: Optimizer
     router: RouterLoss = RouterLoss()
     drift: Drift = Drift()

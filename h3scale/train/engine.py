@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from h3scale.config.deepspeed import complete, read_deepspeed
-from h3scale.config.recipe import TrainRecipe
+from h3scale.config.recipe import Optimizer, TrainRecipe
 from h3scale.errors import ConfigError
 from h3scale.log import logger
 from h3scale.model.experts import ExpertMap
@@ -117,7 +117,7 @@ def _model(recipe: TrainRecipe, tokenizer: Any) -> torch.nn.Module:
 
 
 def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parameter groups: matrices with weight decay, vectors without, the router with its own learning rate.
+    """Parameter groups: matrices with weight decay, vectors and the router without; each with its learning rate.
 
     The optimizer itself is put into `ds_config`: DeepSpeed must build it after AutoEP has replaced the experts.
     """
@@ -131,20 +131,29 @@ def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, An
             "torch_adam": not torch.cuda.is_available(),
         },
     }
-    groups: dict[tuple[str, float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        router = group_of(name) == "router"
-        rate = optimizer.router_learning_rate if router and optimizer.router_learning_rate else optimizer.learning_rate
-        decay = 0.0 if router or parameter.ndim < 2 else optimizer.weight_decay
-        kind = "router" if router else "matrices" if decay else "others"
-        groups.setdefault((kind, rate, decay), []).append(parameter)
-    # DeepSpeed splits groups into dense and expert ones and needs their names for it
-    return [
-        {"params": params, "name": name, "lr": rate, "weight_decay": decay, "peak_lr": rate}
-        for (name, rate, decay), params in groups.items()
-    ]
+    trained = [(group_of(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rates = learning_rates(optimizer, {group for group, _ in trained})
+    groups: dict[str, dict[str, Any]] = {}
+    for group, parameter in trained:
+        decay = 0.0 if group == "router" or parameter.ndim < 2 else optimizer.weight_decay
+        # DeepSpeed splits groups into dense and expert ones and needs their names for it
+        name = f"{group if group in rates else 'others'}, {'decay' if decay else 'no decay'}"
+        rate = rates.get(group, optimizer.learning_rate)
+        groups.setdefault(name, {"name": name, "lr": rate, "peak_lr": rate, "weight_decay": decay, "params": []})
+        groups[name]["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rates(optimizer: Optimizer, trained: set[str]) -> dict[str, float]:
+    """The learning rates of single groups, by the model's own names. ConfigError (78) for a group that is not trained."""
+    rates: dict[str, float] = {str(group): rate for group, rate in optimizer.learning_rates.items()}
+    if "ffn" in rates and "experts" in trained:  # as in `trainable`
+        rates["experts"] = rates.pop("ffn")
+    idle = sorted(rates.keys() - trained)
+    if idle:
+        works = ", ".join(sorted(trained))
+        raise ConfigError([f"optimizer.learning_rates: '{group}' is not trained (works: {works})" for group in idle])
+    return rates
 
 
 def set_learning_rate(engine: Any, share: float) -> None:

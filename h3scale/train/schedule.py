@@ -15,6 +15,7 @@ def learning_rate_share(step: int, steps: int, recipe: Optimizer) -> float:
         return (step + 1) / (warmup + 1)
     if recipe.schedule == "constant":
         return 1.0
-    done = (step - warmup) / max(1, steps - warmup)
+    begin = max(warmup, round((1 - recipe.decay_share) * steps)) if recipe.schedule == "wsd" else warmup
+    done = max(0, step - begin) / max(1, steps - begin)
     falling = 0.5 * (1 + math.cos(math.pi * done)) if recipe.schedule == "cosine" else 1 - done
     return recipe.final_share + (1 - recipe.final_share) * falling

@@ -181,6 +181,14 @@ def test_frozen_tensors_stay_bitwise_and_trained_ones_move(world: Path, tmp_path
         assert torch.equal(tensor, after[name]) == ("block_sparse_moe" not in name), name
 
 
+def test_a_router_only_phase_moves_the_router_alone_and_leaves_a_checkpoint(world: Path, tmp_path: Path) -> None:
+    run_train(world, tmp_path / "run", "ep_size=2", "optimizer.learning_rates={experts: 0}", "optimizer.weight_decay=0.1")
+    before, after = load_file(world / "moe" / "model.safetensors"), consolidated(tmp_path / "run", tmp_path / "model")
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == [
+        name for name in before if ".gate." in name
+    ]
+
+
 @pytest.mark.parametrize("experts", [("kind", "true"), ("a", "b", "c", "d", "e", None)])
 def test_two_and_five_alignments_train_and_the_released_weights_give_the_engines_logits(
     tmp_path: Path, experts: tuple[str | None, ...]

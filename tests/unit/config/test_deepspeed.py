@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from h3scale.config.base import find, load_recipe
-from h3scale.config.deepspeed import complete, read_deepspeed
+from h3scale.config.deepspeed import SECTIONS, complete, read_deepspeed
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError
 
@@ -52,6 +52,16 @@ def test_auto_is_no_value(tmp_path: Path) -> None:
         ({"zero_optimization": 3}, "zero_optimization: expected a JSON object"),
         ({"zero_optimization": {"stage": 9}}, r"zero_optimization\.stage: 9 \(works: 0, 1, 2, 3\)"),
         ({"zero_optimization": {"offload_optimzer": {}}}, "did you mean 'offload_optimizer'"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            r"zero_optimization\.offload_optimizer\.devise: unknown key \(did you mean 'device'",
+        ),
+        ({"bf16": {"enable": True}}, r"bf16\.enable: unknown key \(did you mean 'enabled'"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, r"zero_optimization\.offload_param: expected a JSON object"),
+        ({"bf16": True}, "bf16: expected a JSON object"),
+        ({"activation_checkpointing": {"partition": True}}, r"activation_checkpointing\.partition: unknown key"),
+        ({"bf16": {"enabled": "auto"}}, r"bf16\.enabled: 'auto' is no value here"),
+        ({"steps_per_print": "auto"}, r"steps_per_print: 'auto' is no value here"),
     ],
 )
 def test_what_is_no_deepspeed_file_is_refused(tmp_path: Path, values: object, finding: str) -> None:
@@ -75,3 +85,17 @@ def test_a_dense_model_has_no_expert_parallelism() -> None:
     with pytest.raises(ConfigError, match="the model is dense and has no experts"):
         complete({}, recipe("ep_size=2"), "r.yaml", 2, None)
     assert "expert_parallel" not in complete({"expert_parallel": {}}, recipe("ep_size=1"), "r.yaml", 2, None)
+
+
+def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+    assert SECTIONS["bf16"] == set(DeepSpeedBF16Config.model_fields)
+    assert SECTIONS["activation_checkpointing"] == set(ACT_CHKPT_DEFAULT)
+    assert SECTIONS["zero_optimization.offload_param"] == set(DeepSpeedZeroOffloadParamConfig.model_fields)
+    assert SECTIONS["zero_optimization.offload_optimizer"] == set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
+    zero = {alias for name, field in DeepSpeedZeroConfig.model_fields.items() for alias in (name, field.alias) if alias}
+    assert SECTIONS["zero_optimization"] <= zero

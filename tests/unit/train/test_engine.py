@@ -1,0 +1,27 @@
+"""What the engine is given: parameter groups and their learning rates."""
+
+from typing import Any
+
+import pytest
+
+from h3scale.config.recipe import Optimizer
+from h3scale.errors import ConfigError
+from h3scale.train.engine import learning_rates
+
+
+def optimizer(**rates: Any) -> Optimizer:
+    return Optimizer(learning_rate=1e-3, learning_rates=rates)
+
+
+def test_groups_have_their_own_learning_rates() -> None:
+    assert learning_rates(optimizer(router=1e-2, experts=0.0), {"router", "experts"}) == {"router": 1e-2, "experts": 0.0}
+
+
+def test_ffn_means_the_experts_of_a_fused_model() -> None:
+    assert learning_rates(optimizer(ffn=1e-4), {"router", "experts"}) == {"experts": 1e-4}
+    assert learning_rates(optimizer(ffn=1e-4), {"ffn", "attention"}) == {"ffn": 1e-4}
+
+
+def test_a_learning_rate_of_what_is_frozen_is_a_finding() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rates: 'attention' is not trained .works: experts, router."):
+        learning_rates(optimizer(attention=1e-4), {"router", "experts"})

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,15 @@ class ModelFolder:
             raise DataError(f"{self.path}: has no tensor '{name}'")
         with self._open(self.files[name]) as handle:
             return handle.get_tensor(name)
+
+    def flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The values `start` to `stop` of one tensor laid flat, in the file's dtype; only the rows they lie in are read."""
+        shape = self.specs[name].shape
+        row = prod(shape[1:])
+        first = start // max(row, 1)
+        with self._open(self.files[name]) as handle:
+            rows = handle.get_slice(name)[first : -(-stop // max(row, 1))]
+        return rows.flatten()[start - first * row : stop - first * row]
 
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:

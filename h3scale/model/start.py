@@ -8,6 +8,7 @@ from torch import nn
 
 from h3scale.config.recipe import Architecture
 from h3scale.errors import DataError, MissingInputError
+from h3scale.model.trainable import whole_shape
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -71,7 +72,7 @@ def random_llama(sizes: Architecture, tokenizer: Any, seed: int, max_length: int
 
 def check_tokenizer(model: nn.Module, tokenizer: Any, where: str) -> None:
     """Raises DataError (65) when the tokenizer has ids that the model has no embedding for."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocab_size = whole_shape(model.get_input_embeddings().weight)[0]  # type: ignore[operator]
     if len(tokenizer) > vocab_size:
         raise DataError(
             f"{where}: the tokenizer has {len(tokenizer)} tokens, the model embeds {vocab_size}: they do not belong together"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from math import prod
 
 from torch import nn
 
@@ -43,5 +44,10 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> dict[str, int]:
         group = group_of(name)
         parameter.requires_grad_("all" in wanted or group in wanted)
         if parameter.requires_grad:
-            counts[group] = counts.get(group, 0) + parameter.numel()
+            counts[group] = counts.get(group, 0) + prod(whole_shape(parameter))
     return counts
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also when ZeRO-3 has cut it and it looks empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

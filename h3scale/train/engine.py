@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from h3scale.checkpoint.shards import ModelFolder
 from h3scale.config.deepspeed import complete, read_deepspeed
 from h3scale.config.recipe import Optimizer, TrainRecipe
 from h3scale.errors import ConfigError
@@ -17,8 +18,9 @@ from h3scale.log import logger
 from h3scale.model.experts import ExpertMap
 from h3scale.model.families import AUTOEP_PRESETS
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
-from h3scale.model.trainable import freeze, group_of
+from h3scale.model.trainable import freeze, group_of, whole_shape
 from h3scale.train.anchor import expert_gammas
+from h3scale.train.load import empty_model, fill, freed_memory_returned
 
 
 @dataclass
@@ -55,42 +57,54 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     values = read_deepspeed(recipe.deepspeed)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)  # type: ignore[arg-type]
-    model = _model(recipe, tokenizer)
-    check_tokenizer(model, tokenizer, where)
-    config: Any = model.config
-    expert_map = ExpertMap.from_config(config)
-    moe = None
-    if getattr(config, "num_local_experts", None):
-        if expert_map is None:
-            raise ConfigError(
-                f"{where}: model: {recipe.model} has experts, but its config names no alignments (h3scale fuse writes them)"
-            )
-        moe = (AUTOEP_PRESETS[config.model_type], expert_map.num_experts)
+    expert_map, moe = _experts(recipe, where)
     ds_config = complete(values, recipe, where, world_size, moe)
-    zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    zero_stage = _stage(ds_config)
     if moe and zero_stage != 3:
         raise ConfigError(
             f"{where}: deepspeed: {recipe.deepspeed} has ZeRO stage {zero_stage}; experts need stage 3 in this version"
         )
     if expert_map:
         expert_gammas(recipe.drift, expert_map)  # its findings before anything is started
-    counts = freeze(model, recipe.trainable)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)
-    )
+    with freed_memory_returned():
+        model = _model(recipe, tokenizer, ds_config)
+        check_tokenizer(model, tokenizer, where)
+        counts = freeze(model, recipe.trainable)
+        engine, *_ = deepspeed.initialize(
+            model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)
+        )
+        if recipe.model and zero_stage == 3:
+            fill(engine, Path(recipe.model))
     total = sum(counts.values())
     logger.info("trained: %s", ", ".join(f"{group} {count:,}" for group, count in counts.items()) + f" ({total:,} parameters)")
     return Run(
         engine=engine,
         tokenizer=tokenizer,
-        config=config,
+        config=model.config,
         expert_map=expert_map,
         rank=dist.get_rank(),
         world_size=world_size,
         micro_batches=ds_config["gradient_accumulation_steps"],
         zero_stage=zero_stage,
     )
+
+
+def _experts(recipe: TrainRecipe, where: str) -> tuple[ExpertMap | None, tuple[str, int] | None]:
+    """The expert map of the recipe's model, and (AutoEP preset, number of experts); None for a dense one."""
+    if recipe.init == "random":
+        return None, None
+    config = ModelFolder(recipe.model or "").config
+    expert_map, preset = ExpertMap.from_config(config), AUTOEP_PRESETS.get(config.get("model_type", ""))
+    if preset is None:
+        return None, None
+    if expert_map is None:
+        raise ConfigError(
+            f"{where}: model: {recipe.model} has experts, but its config names no alignments (h3scale fuse writes them)"
+        )
+    return expert_map, (preset, expert_map.num_experts)
 
 
 def _one_core_a_rank() -> None:
@@ -108,12 +122,16 @@ def _quiet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-def _model(recipe: TrainRecipe, tokenizer: Any) -> torch.nn.Module:
-    if recipe.init == "random":
-        assert recipe.architecture is not None
+def _model(recipe: TrainRecipe, tokenizer: Any, ds_config: dict[str, Any]) -> torch.nn.Module:
+    """The model that DeepSpeed gets: of random weights, empty and cut (ZeRO-3, for `fill`), or whole on every rank."""
+    if recipe.architecture and recipe.init == "random":
         return random_llama(recipe.architecture, tokenizer, recipe.seed, recipe.data.sequence_length)
-    assert recipe.model is not None
-    return load_model(Path(recipe.model))
+    folder = Path(recipe.model or "")
+    return empty_model(folder, ds_config) if _stage(ds_config) == 3 else load_model(folder)
+
+
+def _stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,7 +153,7 @@ def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, An
     rates = learning_rates(optimizer, {group for group, _ in trained})
     groups: dict[str, dict[str, Any]] = {}
     for group, parameter in trained:
-        decay = 0.0 if group == "router" or parameter.ndim < 2 else optimizer.weight_decay
+        decay = 0.0 if group == "router" or len(whole_shape(parameter)) < 2 else optimizer.weight_decay
         # DeepSpeed splits groups into dense and expert ones and needs their names for it
         name = f"{group if group in rates else 'others'}, {'decay' if decay else 'no decay'}"
         rate = rates.get(group, optimizer.learning_rate)

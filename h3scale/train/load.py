@@ -1,0 +1,189 @@
+"""A model that no rank could hold: built without values, cut by ZeRO-3, filled from safetensors piece by piece.
+
+transformers (before 5.23) gives every rank the whole state dict; DeepSpeed's way to experts gathers every layer's. Here each
+rank reads only the bytes of its own shards, and nothing is gathered. What a rank needs beside its shards, at the most, is the
+experts of one layer that it holds, before they are cut over its expert-data-parallel group (AutoEP allocates them twice),
+or the largest other tensor. Measured in benchmarks/README.md.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from h3scale.checkpoint.consolidate import differences, expected_shapes, stored_as
+from h3scale.checkpoint.shards import ModelFolder
+from h3scale.errors import DataError
+from h3scale.log import progress
+from h3scale.model.trainable import group_of
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a parameter under ZeRO-3: flat positions `begin` to `begin + length`, the last may be padding.
+
+    `shape` is the whole parameter's; for stacked experts it counts the experts of this rank's EP rank only, from
+    `first_expert` on (0 for what is no expert).
+    """
+
+    shape: tuple[int, ...]
+    begin: int
+    length: int
+    first_expert: int
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, parameter: Any) -> "Shard":
+        """Where this rank's part of `parameter` (found under `name` in the engine's module) lies."""
+        length = parameter.ds_tensor.numel()
+        rank = dist.get_rank(parameter.ds_process_group)
+        shape = tuple(parameter.ds_shape)
+        layer: Any = module.get_submodule(name.rsplit(".", 2)[0])
+        first = layer.ep_rank * shape[0] if group_of(name) == "experts" else 0
+        return cls(shape, rank * length, length, first)
+
+    @property
+    def stop(self) -> int:
+        """Where the values end: padding is left out."""
+        return min(self.begin + self.length, prod(self.shape))
+
+    def experts(self) -> Iterator[tuple[int, int, int]]:
+        """The experts that this part touches: (id among all, first flat position inside it, last + 1)."""
+        size = prod(self.shape[1:])
+        for local in range(self.begin // size, -(-self.stop // size)):
+            low, high = max(self.begin - local * size, 0), min(self.stop - local * size, size)
+            if low < high:
+                yield self.first_expert + local, low, high
+
+
+def empty_model(folder: Path, ds_config: dict[str, Any]) -> nn.Module:
+    """The folder's model under ZeRO-3 without its values: parameters are cut already, experts are not there at all.
+
+    Experts are one number shown in the layer's shape: AutoEP makes the real ones, and `fill` gives everything its values
+    after deepspeed.initialize. Raises DataError (65) when the folder's tensors are not those that its config asks for.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_tensors(ModelFolder(folder))
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+    # Buffers are made, and in fp32: deepspeed.zero.Init as a context would round the rotary frequencies to bf16.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.tie_weights()
+    _cut(model, ds_config)
+    return model
+
+
+def _cut(model: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Gives each parameter memory and cuts it before the next one is made."""
+    from deepspeed.runtime.zero import Init
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    made: dict[int, nn.Parameter] = {}
+    cut: Any = None  # the first cut parameter, which knows how to cut others
+    for prefix, module in model.named_modules():
+        own: dict[str, nn.Parameter] = {}
+        for name, empty in list(module.named_parameters(recurse=False)):
+            if id(empty) not in made:
+                is_expert = group_of(f"{prefix}.{name}") == "experts"
+                shape = () if is_expert else empty.shape
+                values = torch.empty(shape, dtype=empty.dtype, device=device).expand(empty.shape)
+                made[id(empty)] = nn.Parameter(values)
+                own |= {} if is_expert else {name: made[id(empty)]}
+            module.register_parameter(name, made[id(empty)])  # a tied one is the same parameter again
+        if own and cut is None:
+            Init(module=module, config_dict_or_path=ds_config)
+            cut = next(iter(own.values()))
+        elif own:
+            cut.convert_to_zero_parameters(param_list=list(own.values()))
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside, glibc gives every freed tensor of a layer back at once; else it keeps as much as twice the shards.
+
+    glibc raises its threshold for mappings of their own, up to 32 MiB, each time that one is freed: the pieces of a model
+    then leave holes in its heap. Afterwards it is 32 MiB: a step's tensors shall be used again. Elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)
+
+
+@torch.no_grad()
+def fill(engine: Any, folder: Path) -> None:
+    """Reads this rank's part of every parameter; every rank calls this, before the first forward.
+
+    The fp32 master weights get the file's own values, not ones that were rounded to the training's dtype first.
+    """
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    files = ModelFolder(folder)
+    origins = _origins(files)
+    parameters = dict(engine.module.named_parameters())
+    unknown = sorted(parameters.keys() - origins.keys())
+    if unknown:
+        raise DataError([f"{folder}: '{name}' is missing" for name in unknown])
+    total = sum(parameter.ds_tensor.numel() for parameter in parameters.values())
+    with progress("load", total, "parameters of this rank") as bar:
+        for name, parameter in parameters.items():
+            shard = Shard.of(engine.module, name, parameter)
+            values = torch.zeros(shard.length)
+            at = 0
+            for piece in _pieces(files, origins[name], shard):
+                values[at : at + piece.numel()] = piece
+                at += piece.numel()
+            parameter.ds_tensor.copy_(values)
+            if parameter.requires_grad:
+                safe_set_local_fp32_param(parameter, values.to(engine.device))
+            bar.advance(shard.length)
+
+
+def _pieces(files: ModelFolder, origin: list[str], shard: Shard) -> Iterator[Tensor]:
+    """The flat values of a shard, in order, from the tensors of the file: one for each expert, or one in all."""
+    if len(shard.shape) < 3:
+        yield files.flat(origin[0], shard.begin, shard.stop)
+        return
+    for expert, low, high in shard.experts():
+        yield files.flat(origin[expert], low, high)
+
+
+def _origins(files: ModelFolder) -> dict[str, list[str]]:
+    """For each parameter of the engine, the file's tensor; for stacked experts one for each expert, by id."""
+    origins: dict[str, dict[int, str]] = {}
+    for name in files.files:
+        stored, expert = stored_as(name, files.config.get("model_type"))
+        origins.setdefault(stored, {})[expert or 0] = name
+    return {stored: [names[i] for i in sorted(names)] for stored, names in origins.items()}
+
+
+def check_tensors(folder: ModelFolder) -> None:
+    """Raises DataError (65) when tensors are missing, unknown, of another shape, or not floating point."""
+    expected = expected_shapes(folder.config, folder.path)
+    spare = ("lm_head.weight",) if folder.config.get("tie_word_embeddings") else ()
+    found = {n: s.shape for n, s in folder.specs.items() if n not in spare and not n.endswith("rotary_emb.inv_freq")}
+    findings = differences(found, expected, folder.path)
+    findings += [
+        f"{folder.path}: {name} is {spec.dtype}, no floating point (quantised models cannot be trained)"
+        for name, spec in folder.specs.items()
+        if not spec.dtype.is_floating_point
+    ]
+    if findings:
+        raise DataError(findings)

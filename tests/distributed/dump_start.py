@@ -1,0 +1,43 @@
+"""One rank: an engine as it stands before its first step; its logits, fp32 weights and buffers are saved by rank 0.
+
+python -m tests.distributed.dump_start RECIPE OUT key=value ...
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from h3scale.config.base import load_recipe
+from h3scale.config.recipe import TrainRecipe
+from h3scale.train.engine import start
+from h3scale.train.load import Shard
+
+LENGTH = 24
+
+
+def main(path: str, out: str, overrides: list[str]) -> None:
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    run = start(load_recipe(TrainRecipe, path, overrides), path)
+    module = run.engine.module
+    masters = {}
+    for name, parameter in module.named_parameters():
+        shard = Shard.of(module, name, parameter)
+        values = safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor
+        masters[name] = (shard, values[: shard.stop - shard.begin].clone())
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
+    run.engine.eval()
+    with torch.no_grad():
+        logits = run.engine(input_ids=torch.arange(LENGTH)[None], use_cache=False).logits
+    everyone: list = [None] * run.world_size
+    dist.all_gather_object(everyone, masters)
+    if run.rank == 0:
+        torch.save({"logits": logits, "masters": everyone, "buffers": buffers}, Path(out) / "start.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>")
 WORDS = tuple(f"{kind}{i}" for kind in ("sort", "lie", "ask", "say", "tell", "hide") for i in range(6))
@@ -29,8 +29,17 @@ def tiny_tokenizer(folder: Path | None = None, words: tuple[str, ...] = WORDS) -
     return tokenizer
 
 
-def tiny_config(**sizes: Any) -> LlamaConfig:
-    """A Llama config with no size equal to another, so that a transposed or swapped one is noticed."""
+# What sets a dense family apart from the others: heads wider than hidden_size / heads, windows shorter than a test's row.
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"head_dim": 12, "sliding_window": 3},
+    "qwen3": {"head_dim": 12, "attention_bias": True},
+}
+DENSE_FAMILIES = tuple(FAMILY_SIZES)
+
+
+def tiny_config(family: str = "llama", **sizes: Any) -> Any:
+    """A dense config with no size equal to another, so that a transposed or swapped one is noticed."""
     values: dict[str, Any] = {
         "vocab_size": len(SPECIAL) + len(WORDS),
         "hidden_size": 32,
@@ -46,25 +55,37 @@ def tiny_config(**sizes: Any) -> LlamaConfig:
         "pad_token_id": 0,
         "bos_token_id": 2,
         "eos_token_id": 3,
+        **FAMILY_SIZES[family],
         **sizes,
     }
-    return LlamaConfig(**values)
+    return AutoConfig.for_model(family, **values)
 
 
-def tiny_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True, **sizes: Any) -> Path:
-    """A random dense Llama with its tokenizer in `folder`; the same for the same seed and sizes."""
+def tiny_dense(
+    family: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True, **sizes: Any
+) -> Path:
+    """A random dense model of a family with its tokenizer in `folder`; the same for the same seed and sizes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(tiny_config(**sizes)).to(dtype)
-    model.save_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **sizes))
+        if family != "llama":  # norms start as ones and biases as zeros: one that is lost would not be missed
+            with torch.no_grad():
+                for values in (values for values in model.parameters() if values.ndim == 1):
+                    values += 0.3 * torch.randn_like(values)
+    model.to(dtype).save_pretrained(str(folder))
     if tokenizer:
         tiny_tokenizer(folder)
     return folder
 
 
+def tiny_llama(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True, **sizes: Any) -> Path:
+    """`tiny_dense` of the family that most tests take."""
+    return tiny_dense("llama", folder, seed, dtype, tokenizer, **sizes)
+
+
 def tiny_aligned(folder: Path, base: Path, seed: int, ffn_only: bool = True, amount: float = 0.2) -> Path:
     """The base with noise of its own on the FFNs (on everything without `ffn_only`): what alignment would have changed."""
-    model = LlamaForCausalLM.from_pretrained(str(base), dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, values in model.named_parameters():

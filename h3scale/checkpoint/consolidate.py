@@ -19,6 +19,7 @@ from h3scale.checkpoint.shards import TensorSpec, check_output, copy_tokenizer, 
 from h3scale.checkpoint.zero import ZeroCheckpoint
 from h3scale.errors import DataError, MissingInputError, UnsafeError
 from h3scale.model import names
+from h3scale.model.families import as_published, expert_size, num_experts
 
 MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
@@ -251,12 +252,12 @@ def _match(checkpoint: TrainingCheckpoint, weights: ZeroCheckpoint) -> dict[str,
 
 
 def _expert_shapes(moe: names.MoeNames, settings: Any) -> dict[str, tuple[int, ...]]:
-    hidden, inner = settings.hidden_size, settings.intermediate_size
+    hidden, inner, count = settings.hidden_size, expert_size(settings), num_experts(settings) or 0
     of = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(settings.num_hidden_layers):
-        shapes[moe.hub_router.format(layer=layer)] = (settings.num_local_experts, hidden)
-        for expert in range(settings.num_local_experts):
+        shapes[moe.hub_router.format(layer=layer)] = (count, hidden)
+        for expert in range(count):
             for projection in names.PROJECTIONS:
                 shapes[moe.hub_experts[projection].format(layer=layer, expert=expert)] = of[projection]
     return shapes
@@ -270,4 +271,4 @@ def _stored(weights: ZeroCheckpoint, origin: tuple[str, int | None], dtype: torc
 
 def _final_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     final = {key: value for key, value in config.items() if key != "torch_dtype"}
-    return final | {"dtype": str(dtype).removeprefix("torch.")}
+    return as_published(final) | {"dtype": str(dtype).removeprefix("torch.")}

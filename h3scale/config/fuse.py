@@ -40,7 +40,15 @@ class RouterStart(Strict):
         description="Relative to the mean eigenvalue of the weighted Gram matrix of the hidden states, so that it means "
         "the same at every size: 1e-2 damps the directions that carry less than a hundredth of the mean variance.",
     )
-    seed: int = Field(0, ge=0, description="Of the choice of records and of the random start.")
+    copy_noise: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Several experts of one alignment (and several general ones) start as copies, and under equal router rows "
+        "would get equal gradients for ever. Their rows are moved apart by this share of the layer's mean row length, their "
+        "mean staying what was fitted.",
+    )
+    seed: int = Field(0, ge=0, description="Of the choice of records, of what moves copies apart and of the random start.")
 
     @model_validator(mode="after")
     def _has_records(self) -> "RouterStart":
@@ -63,20 +71,34 @@ class FuseRecipe(Strict):
         description="Where attention, norms and embeddings come from. base is exact for models whose attention was frozen "
         "(an expert alone then equals its aligned model); average (of the aligned models) is for models tuned as a whole.",
     )
+    experts_per_alignment: int = Field(
+        1,
+        ge=1,
+        description="Copies of each aligned FFN, which training then parts. More than one is for capacity and for nodes of "
+        "8 GPUs: 3 alignments x 2 + 2 general experts are 8, which ep_size 2, 4 and 8 divide.",
+    )
     general_experts: int = Field(
         1,
         ge=0,
         description="Experts after the aligned ones that are the base's FFN. One keeps what the base knows, and makes "
         "3 alignments 4 experts, which expert parallelism can divide.",
     )
-    top_k: int = Field(2, ge=1, description="Experts a token; 2 lets the router be unsure without losing either answer.")
+    top_k: int = Field(
+        2,
+        ge=1,
+        description="Experts a token, copies counted one by one. 2 lets the router be unsure between two alignments without "
+        "losing either answer; with c experts an alignment that takes 2c, and 2 take two copies of one alignment.",
+    )
     router: RouterStart
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "FuseRecipe":
         if len(self.models) < 2:
             raise ValueError(f"models: {len(self.models)} given (works: two or more alignments, each alignment: folder)")
-        num_experts = len(self.models) + self.general_experts
-        if self.top_k > num_experts:
-            raise ValueError(f"top_k: {self.top_k} of {num_experts} experts (works: 1 to {num_experts})")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: {self.top_k} of {self.num_experts} experts (works: 1 to {self.num_experts})")
         return self
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.models) * self.experts_per_alignment + self.general_experts

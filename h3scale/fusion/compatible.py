@@ -27,6 +27,7 @@ _MEANING = (
     "head_dim",
     "rope_parameters",
     "sliding_window",
+    "layer_types",
     "tie_word_embeddings",
 )
 

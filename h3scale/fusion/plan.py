@@ -26,6 +26,7 @@ from h3scale.fusion.sources import DenseSource, Source
 from h3scale.model.experts import ExpertMap
 from h3scale.model.families import moe_config
 from h3scale.model.names import DENSE_FFN, MOE
+from h3scale.topology import divisors
 
 Action = Literal["copy", "average", "expert", "router"]
 
@@ -115,10 +116,22 @@ class Plan:
         lines = [f"{label}: {source}" for label, source in self.sources.items()]
         lines.append(f"tokenizer: {self.tokenizer or 'none'}")
         lines += ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-        experts = ", ".join(f"{i} {name}" for i, name in enumerate(self.expert_map.names()))
+        experts = ", ".join(f"{i} = {name}" for i, name in enumerate(self.expert_map.names()))
         top_k = self.config["num_experts_per_tok"]
         lines.append(f"{self.num_parameters:,} parameters; each token goes to {top_k} of the experts {experts}")
+        lines.append(spread(self.expert_map))
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+def spread(expert_map: ExpertMap) -> str:
+    """Over how many ranks the experts can be spread, and how many general ones would let all usual numbers of GPUs do."""
+    count = expert_map.num_experts
+    line = f"{count} experts can be trained with ep_size {', '.join(map(str, divisors(count)))}"
+    power = 1 << (count - 1).bit_length()
+    if power == count:
+        return line
+    general = expert_map.experts.count(None) + power - count
+    return f"{line} (general_experts: {general} makes {power} of them: {', '.join(map(str, divisors(power)))})"
 
 
 def make_plan(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecipe) -> Plan:
@@ -127,7 +140,7 @@ def make_plan(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecip
     Raises DataError (65) with all findings at once; MissingInputError (66) when the router start needs a tokenizer and
     no folder has one.
     """
-    expert_map = ExpertMap(tuple(models), (*models, *[None] * recipe.general_experts))
+    expert_map = ExpertMap.of(models, recipe.experts_per_alignment, recipe.general_experts)
     # Of an unknown family nothing more can be said.
     moe_config(base.folder.config, expert_map, recipe.top_k, where=str(base.path))
     dense = full_config(base.folder)
@@ -148,7 +161,9 @@ def make_plan(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecip
     if recipe.shared == "base":
         warnings += shared_warnings(models, shared)
     return Plan(
-        tensors=tuple(_shared(base, models, recipe, shared) + _experts(base, expert_map, config) + _routers(base, config)),
+        tensors=tuple(
+            _shared(base, models, recipe, shared) + _experts(base, expert_map, config) + _routers(base, expert_map, config)
+        ),
         config=config,
         expert_map=expert_map,
         sources={source.label: f"{source.kind} {source.path}" for source in (base, *models.values())},
@@ -176,9 +191,9 @@ def _experts(base: DenseSource, expert_map: ExpertMap, config: dict[str, Any]) -
     return planned
 
 
-def _routers(base: DenseSource, config: dict[str, Any]) -> list[PlannedTensor]:
+def _routers(base: DenseSource, expert_map: ExpertMap, config: dict[str, Any]) -> list[PlannedTensor]:
     template = MOE[config["model_type"]].hub_router
-    shape = (config["num_local_experts"], config["hidden_size"])
+    shape = (expert_map.num_experts, config["hidden_size"])
     dtype = base.specs[DENSE_FFN["gate"].format(layer=0)].dtype
     specs = [TensorSpec(template.format(layer=layer), shape, dtype) for layer in range(config["num_hidden_layers"])]
     return [PlannedTensor(spec, "router", (), "") for spec in specs]

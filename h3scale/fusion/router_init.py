@@ -1,11 +1,11 @@
 """The router's first weights, fitted on the fused model's own hidden states while every record goes to its own experts.
 
-Closed-form ridge after DUME (arXiv 2603.29765, its code). Where we differ: no bias (Mixtral has none), targets one-hot
+Closed-form ridge after DUME (arXiv 2603.29765, its code). Where we differ: no bias (no router here has one), targets one-hot
 minus 1/A instead; alignments weigh equally, whatever their number of tokens; one scale for all rows and layers, chosen
 on records that the fit has not seen, instead of normalised columns and a temperature; hidden states of the fused model,
 not of a dense one.
 
-Shape suffixes: B rows, S tokens a row, T tokens, L layers, H hidden_size, E experts, A alignments, R records.
+Shape suffixes: B rows, S tokens a row, T tokens, L layers, H hidden_size, E experts, C copies, A alignments, R records.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +52,8 @@ def fit_router(
         return RouterFit(random_rows(model, expert_map, start.seed))
     solver = _solver(model, expert_map, fit, start)
     oracle_pass(model, expert_map, fit, solver.add)
-    rows_LEH = [expert_rows(rows_AH, expert_map) for rows_AH in solver.rows()]
+    generator = torch.Generator().manual_seed(start.seed)
+    rows_LEH = [part_copies(expert_rows(rows_AH, expert_map), expert_map, start.copy_noise, generator) for rows_AH in solver.rows()]
     logits: list[list[list[Tensor]]] = [[[] for _ in expert_map.alignments] for _ in rows_LEH]
 
     def keep_logits(layer: int, alignment_id: int, hidden_TH: Tensor, is_prompt_T: Tensor) -> None:
@@ -75,7 +76,7 @@ def _solver(model: nn.Module, expert_map: ExpertMap, fit: Sequence[Encoded], sta
 
 
 def random_rows(model: nn.Module, expert_map: ExpertMap, seed: int) -> tuple[Tensor, ...]:
-    """N(0, initializer_range) for every expert, general ones included: what an untrained Mixtral has."""
+    """N(0, initializer_range) for every expert, general ones included: what an untrained mixture has."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
     shape = (expert_map.num_experts, config.hidden_size)
@@ -98,6 +99,23 @@ def expert_rows(rows_AH: Tensor, expert_map: ExpertMap) -> Tensor:
     for row_H, alignment in zip(rows_AH, expert_map.alignments, strict=True):
         rows_EH[expert_map.experts_of(alignment)] = row_H
     return rows_EH
+
+
+def part_copies(rows_EH: Tensor, expert_map: ExpertMap, noise: float, generator: torch.Generator) -> Tensor:
+    """The rows with those of equal experts (one alignment's, or the general ones) moved apart, their mean unchanged.
+
+    How far, as root mean square over the copies: `noise` times that of the labelled rows' lengths (a general expert's own
+    row is zero). An expert without a copy keeps its row bit for bit.
+    """
+    length = rows_EH[expert_map.labelled].square().sum(1).mean().sqrt()
+    parted_EH = rows_EH.clone()
+    for alignment in (*expert_map.alignments, None):
+        copies = [expert for expert, own in enumerate(expert_map.experts) if own == alignment]
+        if len(copies) > 1:
+            draws_CH = torch.randn(len(copies), rows_EH.shape[1], generator=generator, dtype=torch.float64).to(rows_EH)
+            draws_CH -= draws_CH.mean(0)
+            parted_EH[copies] += noise * length * draws_CH / draws_CH.square().sum(1).mean().sqrt()
+    return parted_EH
 
 
 def oracle_pass(

@@ -1,5 +1,6 @@
 """Which expert belongs to which alignment: written in the model's config, and read from there only."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,23 @@ class ExpertMap:
 
     def names(self) -> list[str]:
         """A readable name an expert, unique: 'helpful', 'general', and 'helpful 2' for a second one."""
-        seen: dict[str, int] = {}
-        names = []
+        names: list[str] = []
         for alignment in self.experts:
-            name = alignment or "general"
-            seen[name] = seen.get(name, 0) + 1
-            names.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+            name = first = alignment or "general"
+            number = 1
+            # An alignment may itself be called 'helpful 2', or 'general'.
+            while name in names or (name in self.alignments and name != alignment):
+                number += 1
+                name = f"{first} {number}"
+            names.append(name)
         return names
+
+    @classmethod
+    def of(cls, alignments: Iterable[str], experts_per_alignment: int, general_experts: int) -> "ExpertMap":
+        """As many experts of each alignment, one alignment after the other, then the general ones."""
+        labels = tuple(alignments)
+        labelled = [label for label in labels for _ in range(experts_per_alignment)]
+        return cls(labels, (*labelled, *[None] * general_experts))
 
     def to_config(self) -> dict[str, Any]:
         """The entry for config.json, under the key `h3scale`."""

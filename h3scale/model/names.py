@@ -25,6 +25,7 @@ class MoeNames:
     autoep_experts: dict[str, str]
 
 
+_AUTOEP_ROUTER = "model.layers.{layer}.mlp.router.gate.weight"
 _AUTOEP = {
     "gate": "model.layers.{layer}.mlp.experts.w1",
     "up": "model.layers.{layer}.mlp.experts.w3",
@@ -39,7 +40,13 @@ MOE = {
             "up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
             "down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
         },
-        autoep_router="model.layers.{layer}.mlp.router.gate.weight",
+        autoep_router=_AUTOEP_ROUTER,
+        autoep_experts=_AUTOEP,
+    ),
+    "qwen3_moe": MoeNames(
+        hub_router="model.layers.{layer}.mlp.gate.weight",
+        hub_experts={p: f"model.layers.{{layer}}.mlp.experts.{{expert}}.{p}_proj.weight" for p in PROJECTIONS},
+        autoep_router=_AUTOEP_ROUTER,
         autoep_experts=_AUTOEP,
     ),
 }

@@ -1,28 +1,33 @@
 """Laws 1, 2 and 12: fused models against the dense models they were made of, run by plain transformers."""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.config.fuse import FuseRecipe
 from h3scale.fusion.execute import fuse
 from h3scale.model.experts import ExpertMap
+from h3scale.model.families import FAMILIES, num_experts
 from h3scale.model.names import DENSE_FFN, MOE
 from h3scale.model.router import forced_routing, router_modules
-from tests.tiny import tiny_aligned, tiny_llama, tiny_records, tiny_tokenizer
+from tests.tiny import DENSE_FAMILIES, tiny_aligned, tiny_dense, tiny_llama, tiny_records, tiny_tokenizer
 
 NAMES = ("helpful", "harmless", "honest", "brief", "kind")
 FFN = ["gate_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[4, 9, 30, 7, 12, 5, 18, 3], [4, 8, 8, 41, 22, 5, 11, 3]])
 
 # Every size other than the default's, so that a literal in the code cannot fit both.
-SIZES = [
-    {},
-    {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3},
-    {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+OTHER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3}
+TIED = {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "attention_bias": False}
+BASES = [
+    *((family, sizes) for family in DENSE_FAMILIES for sizes in ({}, OTHER, TIED)),
+    ("mistral", {"sliding_window": None}),
+    ("qwen3", WINDOW),
 ]
 
 
@@ -36,8 +41,9 @@ def dense_logits(folder: Path):
 
 
 def load(folder: Path):
+    """A fused model, loaded whole by plain transformers."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert isinstance(model, MixtralForCausalLM)
+    assert type(model).__name__ in {family.architecture for family in FAMILIES.values()}
     assert not any(info.values()), info
     return model
 
@@ -48,7 +54,7 @@ def fused(tmp_path: Path, models: dict[str, Path], **changes) -> Path:
     paths = {label: str(folder) for label, folder in models.items()}
     recipe = {"base": str(tmp_path / "base"), "models": paths, "out": str(tmp_path / "fused"), "router": router, **changes}
     fuse(FuseRecipe.model_validate(recipe))
-    return tmp_path / "fused"
+    return Path(recipe["out"])
 
 
 def shake_routers(model, seed: int) -> None:
@@ -60,7 +66,7 @@ def shake_routers(model, seed: int) -> None:
 
 def alone(model, expert: int):
     """The model's logits when every token goes to one expert."""
-    weights_E = torch.zeros(model.config.num_local_experts)
+    weights_E = torch.zeros(num_experts(model.config))
     weights_E[expert] = 1
     with forced_routing(model, weights_E):
         return logits_of(model)
@@ -81,32 +87,42 @@ def make_adapter(folder: Path, base: Path, seed: int, **settings) -> torch.Tenso
     return logits_of(model)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_law_1_equal_experts_are_the_dense_model_whatever_the_router_says(tmp_path, sizes, top_k):
-    base = tiny_llama(tmp_path / "base", **sizes)
-    model = load(fused(tmp_path, dict.fromkeys(NAMES[:3], base), top_k=top_k))
+@pytest.mark.parametrize(("family", "sizes"), BASES)
+def test_law_1_equal_experts_are_the_dense_model_whatever_the_router_says(tmp_path, family, sizes):
+    base = tiny_dense(family, tmp_path / "base", **sizes)
     wanted = dense_logits(base)
     assert wanted.std() > 0.1  # logits near zero would be close to anything
-    for seed in range(3):
-        shake_routers(model, seed)
-        close(logits_of(model), wanted)
+    for top_k in (1, 2, 3):
+        model = load(fused(tmp_path, dict.fromkeys(NAMES[:3], base), top_k=top_k, out=str(tmp_path / f"top-{top_k}")))
+        assert model.config.num_experts_per_tok == top_k
+        for seed in range(3):
+            shake_routers(model, seed)
+            close(logits_of(model), wanted)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("num_alignments", "general_experts"), [(2, 0), (3, 1), (5, 2)])
-def test_law_2_an_expert_alone_is_its_aligned_model(tmp_path, sizes, num_alignments, general_experts):
-    base = tiny_llama(tmp_path / "base", **sizes)
+def test_the_windows_of_these_bases_matter(tmp_path):
+    """Else a window that is lost on the way would not be seen above."""
+    for family, window in (("mistral", {}), ("qwen3", WINDOW)):
+        base = tiny_dense(family, tmp_path / family, **window)
+        wide = AutoModelForCausalLM.from_pretrained(base, sliding_window=64, dtype=torch.float32)
+        assert (logits_of(wide) - dense_logits(base)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("family", "sizes"), BASES)
+@pytest.mark.parametrize(("num_alignments", "copies", "general_experts"), [(2, 1, 0), (3, 2, 2), (5, 1, 2)])
+def test_law_2_an_expert_alone_is_its_aligned_model(tmp_path, family, sizes, num_alignments, copies, general_experts):
+    base = tiny_dense(family, tmp_path / "base", **sizes)
     models = {label: tiny_aligned(tmp_path / label, base, seed=i + 1) for i, label in enumerate(NAMES[:num_alignments])}
-    model = load(fused(tmp_path, models, general_experts=general_experts))
+    model = load(fused(tmp_path, models, experts_per_alignment=copies, general_experts=general_experts))
     expert_map = ExpertMap.from_config(model.config)
-    assert expert_map == ExpertMap(tuple(models), (*models, *[None] * general_experts))
+    labelled = [label for label in models for _ in range(copies)]
+    assert expert_map == ExpertMap(tuple(models), (*labelled, *[None] * general_experts))
     wanted = [dense_logits(models[label] if label else base) for label in expert_map.experts]
     for expert, logits in enumerate(wanted):
         close(alone(model, expert), logits)
-    for one in range(num_alignments):
-        for other in range(one):
-            assert (wanted[one] - wanted[other]).abs().max() > 0.1
+    for one, other in combinations(range(expert_map.num_experts), 2):
+        equal = expert_map.experts[one] == expert_map.experts[other]
+        assert ((wanted[one] - wanted[other]).abs().max() > 0.1) == (not equal)
 
 
 @pytest.mark.parametrize(
@@ -138,12 +154,13 @@ def test_law_2_folders_and_adapters_may_be_mixed(tmp_path):
     close(alone(model, 1), wanted)
 
 
-def test_law_2_experts_are_tensors_of_their_own(tmp_path):
-    base = tiny_llama(tmp_path / "base")
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_law_2_experts_are_tensors_of_their_own(tmp_path, family):
+    base = tiny_dense(family, tmp_path / "base")
     models = {label: tiny_aligned(tmp_path / label, base, seed=i + 1) for i, label in enumerate(NAMES[:3])}
     folder = ModelFolder(fused(tmp_path, models))
     for layer in range(2):
-        for projection, template in MOE["mixtral"].hub_experts.items():
+        for projection, template in MOE[FAMILIES[family].moe_type].hub_experts.items():
             name = DENSE_FFN[projection].format(layer=layer)
             for expert, source in enumerate([*models.values(), base]):
                 values = folder.tensor(template.format(layer=layer, expert=expert))
@@ -172,11 +189,23 @@ def test_the_fused_model_keeps_the_dtype_of_the_base(tmp_path):
     assert torch.equal(values, ModelFolder(models["b"]).tensor(DENSE_FFN["up"].format(layer=0)).to(torch.bfloat16))
 
 
-def test_what_a_config_leaves_out_has_the_default_of_its_own_family(tmp_path):
-    """rope_theta, rms_norm_eps and num_key_value_heads: Mixtral's defaults are others than Llama's."""
-    base = tiny_llama(tmp_path / "base", num_key_value_heads=4)
+@pytest.mark.parametrize(
+    ("family", "sizes", "left_out"),
+    [
+        ("llama", {"num_key_value_heads": 4}, ("rope_parameters", "rms_norm_eps", "num_key_value_heads")),
+        (
+            "mistral",
+            {"num_key_value_heads": 8, "num_attention_heads": 8},
+            ("rope_parameters", "rms_norm_eps", "num_key_value_heads"),
+        ),
+        ("qwen3", {"head_dim": 128}, ("rope_parameters", "rms_norm_eps", "head_dim")),
+    ],
+)
+def test_what_a_config_leaves_out_has_the_default_of_its_own_family(tmp_path, family, sizes, left_out):
+    """rope_theta, rms_norm_eps, num_key_value_heads, head_dim: the fused family's defaults are others than the dense one's."""
+    base = tiny_dense(family, tmp_path / "base", **sizes)
     config = read_json(base / "config.json")
-    for key in ("rope_parameters", "rms_norm_eps", "num_key_value_heads"):
+    for key in left_out:
         assert config.pop(key) is not None
     write_json(base / "config.json", config)
     close(logits_of(load(fused(tmp_path, dict.fromkeys(NAMES[:2], base)))), dense_logits(base))
@@ -216,12 +245,28 @@ def test_a_fitted_router_knows_unseen_records_and_a_random_one_does_not(tmp_path
         assert rows_EH[:num_alignments].norm(dim=1).min() > 0
 
 
+def test_copies_with_as_many_more_choices_start_as_the_model_without_copies(tmp_path):
+    """What `top_k` counts: c experts an alignment and c times as many choices are the same mixture, copies being equal."""
+    base = tiny_llama(tmp_path / "base")
+    models = {label: tiny_aligned(tmp_path / label, base, seed=i + 1) for i, label in enumerate(NAMES[:3])}
+    one = load(fused(tmp_path, models, top_k=2, general_experts=1, out=str(tmp_path / "one")))
+    shake_routers(one, 0)
+    for copies in (2, 3):
+        sizes = {"experts_per_alignment": copies, "general_experts": copies, "top_k": 2 * copies}
+        many = load(fused(tmp_path, models, **sizes, out=str(tmp_path / f"{copies}")))
+        with torch.no_grad():
+            for router, rows in zip(router_modules(many), router_modules(one), strict=True):
+                router.weight.copy_(rows.weight.repeat_interleave(copies, 0))
+        close(logits_of(many), logits_of(one))
+
+
 def test_the_same_recipe_writes_the_same_bytes(tmp_path):
     base = tiny_llama(tmp_path / "base")
     models = {label: tiny_aligned(tmp_path / label, base, seed=i + 1) for i, label in enumerate(NAMES[:2])}
     records = tiny_records(tmp_path / "train.jsonl", NAMES[:2])
     contents = []
     for out in ("one", "two"):
-        fused(tmp_path, models, out=str(tmp_path / out), router={"init": "ridge", "records": [str(records)]})
+        router = {"init": "ridge", "records": [str(records)]}
+        fused(tmp_path, models, out=str(tmp_path / out), router=router, experts_per_alignment=2)
         contents.append({path.name: path.read_bytes() for path in sorted((tmp_path / out).iterdir())})
     assert contents[0] == contents[1]

@@ -82,7 +82,19 @@ def test_equal_layers_are_one_line_and_the_line_says_what_happens(place):
     assert line.split()[-2:] == ["base", "expert"]
     [line] = [line for line in lines if "embed_tokens" in line]
     assert line.split()[-2:] == ["base", "copy"]
-    assert "each token goes to 2 of the experts 0 helpful, 1 harmless, 2 honest, 3 general" in lines[-1]
+    assert "each token goes to 2 of the experts 0 = helpful, 1 = harmless, 2 = honest, 3 = general" in lines[-2]
+    assert lines[-1] == "4 experts can be trained with ep_size 1, 2, 4"
+
+
+def test_copies_have_names_and_the_plan_says_how_experts_can_be_spread(place):
+    made = plan("experts_per_alignment=2", "general_experts=2")
+    assert made.expert_map.names() == [*(f"{label}{copy}" for label in LABELS for copy in ("", " 2")), "general", "general 2"]
+    sources = [row.sources for row in made.rows() if row.tensor.endswith("w1.weight")]
+    assert sources == [label for label in (*LABELS, "base") for _ in range(2)]
+    assert "0 = helpful, 1 = helpful 2, 2 = harmless, 3 = harmless 2," in made.text()
+    assert made.text().splitlines()[-1] == "8 experts can be trained with ep_size 1, 2, 4, 8"
+    odd = plan("experts_per_alignment=2").text().splitlines()[-1]
+    assert odd == "7 experts can be trained with ep_size 1, 7 (general_experts: 2 makes 8 of them: 1, 2, 4, 8)"
 
 
 def test_a_plan_covers_every_tensor_once_and_the_routers_last(place):
@@ -138,6 +150,8 @@ def test_layers_are_folded_into_ranges():
         ("router.int=ridge", "router.int: unknown key (did you mean 'init'?)"),
         ("top_k=5", "top_k: 5 of 4 experts (works: 1 to 4)"),
         ("top_k=0", "top_k: 0"),
+        ("experts_per_alignment=0", "experts_per_alignment: 0"),
+        ("router.copy_noise=0", "router.copy_noise: 0"),
         ("models={helpful: helpful}", "models: 1 given (works: two or more"),
         ("router.records=[]", "init: ridge needs records"),
         ("router.init=best", "router.init: 'best'"),
@@ -232,7 +246,7 @@ def test_settings_that_change_the_meaning_of_equal_weights_are_refused(place):
 def test_a_family_that_cannot_become_experts_is_refused(place):
     config = read_json(place / "base" / "config.json")
     write_json(place / "base" / "config.json", {**config, "model_type": "gpt2"})
-    assert "model_type 'gpt2' cannot become experts (works: llama, mistral)" in refused(DataError, place)[0]
+    assert "model_type 'gpt2' cannot become experts (works: llama, mistral, qwen3)" in refused(DataError, place)[0]
 
 
 def test_a_config_that_transformers_cannot_read_is_one_line(place):

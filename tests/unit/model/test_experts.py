@@ -5,9 +5,6 @@ from transformers import AutoConfig, MixtralConfig
 
 from h3scale.errors import DataError
 from h3scale.model.experts import CONFIG_KEY, ExpertMap
-from h3scale.model.families import moe_config
-
-PLAIN = {"model_type": "llama", "hidden_size": 32, "rope_theta": 5e5}
 
 
 def test_the_order_of_alignments_is_kept_apart_from_the_order_of_experts():
@@ -39,24 +36,12 @@ def test_a_model_without_a_map_has_none():
     assert ExpertMap.from_config({"model_type": "mixtral"}) is None
 
 
-def test_the_moe_config_keeps_what_the_base_says():
-    config = moe_config(PLAIN, ExpertMap(("a", "b"), ("a", "b", None)), top_k=2)
-    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (3, 2)
-    assert (config["rope_theta"], config["sliding_window"]) == (5e5, None)
-    assert ExpertMap.from_config(config) == ExpertMap(("a", "b"), ("a", "b", None))
+def test_experts_of_an_alignment_stand_together_and_general_ones_last():
+    expert_map = ExpertMap.of(("b", "a"), 2, 1)
+    assert expert_map == ExpertMap(("b", "a"), ("b", "b", "a", "a", None))
+    assert expert_map.names() == ["b", "b 2", "a", "a 2", "general"]
 
 
-@pytest.mark.parametrize(
-    ("change", "top_k", "said"),
-    [
-        ({"model_type": "gpt2"}, 1, "model_type 'gpt2' cannot become experts (works: llama, mistral)"),
-        ({"attention_bias": True}, 1, "attention_bias is on"),
-        ({"mlp_bias": True}, 1, "mlp_bias is on"),
-        ({}, 3, "top_k: 3 of 2 experts (works: 1 to 2)"),
-        ({}, 0, "top_k: 0 of 2 experts"),
-    ],
-)
-def test_what_mixtral_cannot_hold_is_refused(change, top_k, said):
-    with pytest.raises(DataError) as caught:
-        moe_config({**PLAIN, **change}, ExpertMap(("a", "b"), ("a", "b")), top_k)
-    assert said in str(caught.value)
+def test_names_are_unique_whatever_alignments_are_called():
+    names = ExpertMap.of(("helpful", "helpful 2", "general"), 2, 2).names()
+    assert names == ["helpful", "helpful 3", "helpful 2", "helpful 2 2", "general", "general 2", "general 3", "general 4"]

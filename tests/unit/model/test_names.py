@@ -3,40 +3,48 @@
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from h3scale.model.families import FAMILIES
+from h3scale.model.families import FAMILIES, MOE_FAMILIES
 from h3scale.model.names import DENSE_FFN, MOE, PROJECTIONS, match
-from tests.tiny import tiny_config
+from tests.tiny import DENSE_FAMILIES, tiny_config
 
 LAYERS, EXPERTS = 2, 3
 
 
-@pytest.fixture(scope="module")
-def mixtral():
+@pytest.fixture(scope="module", params=MOE)
+def moe(request):
+    """A tiny model of each mixture-of-experts family."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 20}
+    sizes[MOE_FAMILIES[request.param].expert_size_key] = 48
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**sizes, num_hidden_layers=LAYERS, num_local_experts=EXPERTS))
+    config = AutoConfig.for_model(
+        request.param, **sizes, num_hidden_layers=LAYERS, num_local_experts=EXPERTS, num_experts_per_tok=2
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
-def test_dense_names_are_the_ffn_of_llama():
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_dense_names_are_the_ffn_of_every_dense_family(family):
     with torch.device("meta"):
-        real = {name for name in LlamaForCausalLM(tiny_config()).state_dict() if ".mlp." in name}
+        real = {name for name in AutoModelForCausalLM.from_config(tiny_config(family)).state_dict() if ".mlp." in name}
     assert real == {template.format(layer=layer) for template in DENSE_FFN.values() for layer in range(2)}
 
 
-def test_hub_names_are_what_transformers_saves(tmp_path, mixtral):
-    mixtral.save_pretrained(tmp_path)
+def test_hub_names_are_what_transformers_saves(tmp_path, moe):
+    moe.save_pretrained(tmp_path)
+    kinds = (".mlp.", ".block_sparse_moe.")
     with safe_open(tmp_path / "model.safetensors", "pt") as handle:
-        saved = {name: handle.get_tensor(name) for name in handle.keys() if "block_sparse_moe" in name}  # noqa: SIM118
-    names = MOE["mixtral"]
+        saved = {name: handle.get_tensor(name) for name in handle.keys() if any(kind in name for kind in kinds)}  # noqa: SIM118
+    names = MOE[moe.config.model_type]
     wanted = {names.hub_router.format(layer=layer) for layer in range(LAYERS)}
     for template in names.hub_experts.values():
         wanted |= {template.format(layer=layer, expert=expert) for layer in range(LAYERS) for expert in range(EXPERTS)}
     assert set(saved) == wanted
-    # Which projection is which: transformers stacks gate over up, so the halves tell w1 and w3 apart.
+    # Which projection is which: transformers stacks gate over up, so the halves tell the two apart.
     for layer in range(LAYERS):
-        experts = mixtral.model.layers[layer].mlp.experts
+        experts = moe.model.layers[layer].mlp.experts
+        assert torch.equal(saved[names.hub_router.format(layer=layer)], moe.model.layers[layer].mlp.gate.weight)
         for expert in range(EXPERTS):
             gate, up = experts.gate_up_proj[expert].chunk(2)
             for projection, values in (("gate", gate), ("up", up), ("down", experts.down_proj[expert])):
@@ -51,7 +59,7 @@ def test_every_family_has_names_for_every_projection():
 
 @pytest.mark.parametrize("expert", [0, 7, 10, 127])
 def test_a_name_is_read_back_as_it_was_written(expert):
-    for template in MOE["mixtral"].hub_experts.values():
+    for template in (template for names in MOE.values() for template in names.hub_experts.values()):
         assert match(template, template.format(layer=31, expert=expert)) == {"layer": 31, "expert": expert}
 
 

@@ -24,9 +24,10 @@ from h3scale.checkpoint.zero import ZeroCheckpoint
 from h3scale.errors import DataError, H3Error, UnsafeError
 from h3scale.log import progress
 from h3scale.model import names
-from h3scale.model.experts import CONFIG_KEY
+from h3scale.model.experts import CONFIG_KEY, ExpertMap
 
 LOGIT_TOLERANCE = 1e-5  # largest difference of fp32 logits between the trained engine and plain transformers
+_LISTED = 4  # layers that are written out
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -129,11 +130,26 @@ def _check_values(folder: ModelFolder, report: Report) -> None:
                 if found is not None:
                     prints.setdefault((found["layer"], found["expert"]), {})[projection] = _fingerprint(values)
             bar.advance()
+    report.warnings += _twins(folder, prints)
+
+
+def _twins(folder: ModelFolder, prints: dict[tuple[int, int], dict[str, bytes]]) -> list[str]:
+    """A line for each pair of experts with equal weights, `prints` being what each (layer, expert) holds."""
     first: dict[tuple[int, tuple[tuple[str, bytes], ...]], int] = {}
+    pairs: dict[tuple[int, int], list[int]] = {}
     for (layer, expert), parts in sorted(prints.items()):
         twin = first.setdefault((layer, tuple(sorted(parts.items()))), expert)
         if twin != expert:
-            report.warnings.append(f"{folder.path}: layer {layer}: experts {twin} and {expert} have identical weights")
+            pairs.setdefault((twin, expert), []).append(layer)
+    expert_map = ExpertMap.from_config(folder.config)
+    of = expert_map.experts if expert_map else ()
+    lines = []
+    for (one, other), layers in pairs.items():
+        copies = " (copies of one FFN, which training parts)" if of and of[one] == of[other] else ""
+        where = ", ".join(map(str, layers[:_LISTED])) + (", ..." if len(layers) > _LISTED else "")
+        where = f"layer{'s' if len(layers) > 1 else ''} {where}"
+        lines.append(f"{folder.path}: experts {one} and {other} have identical weights in {where}{copies}")
+    return lines
 
 
 def _fingerprint(values: torch.Tensor) -> bytes:

@@ -9,6 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.config.fuse import FuseRecipe
+from h3scale.data.encode import encode_records
+from h3scale.data.sources import read_records
+from h3scale.evaluation.evaluate import evaluate_model, open_model
+from h3scale.evaluation.generate import generate
 from h3scale.fusion.execute import fuse
 from h3scale.model.experts import ExpertMap
 from h3scale.model.families import FAMILIES, num_experts
@@ -165,6 +169,30 @@ def test_law_2_experts_are_tensors_of_their_own(tmp_path, family):
             for expert, source in enumerate([*models.values(), base]):
                 values = folder.tensor(template.format(layer=layer, expert=expert))
                 assert torch.equal(values, ModelFolder(source).tensor(name))
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+def test_a_fused_model_of_every_family_answers_and_is_measured_and_its_experts_have_names(tmp_path, family):
+    base = tiny_dense(family, tmp_path / "base")
+    models = {label: tiny_aligned(tmp_path / label, base, seed=i + 1) for i, label in enumerate(NAMES[:2])}
+    out = fused(tmp_path, models, experts_per_alignment=2, general_experts=2, top_k=3)
+    model, tokenizer = open_model(out)
+    answer = generate(model, tokenizer, "sort1 lie2 ask3", max_new_tokens=8)
+    ids = list(answer.prompt_ids)
+    for token in answer.new_ids:  # greedy without a cache
+        with torch.no_grad():
+            assert model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax() == token
+        ids.append(token)
+    assert len(answer.new_ids) > 1
+    names = ["helpful", "helpful 2", "harmless", "harmless 2", "general", "general 2"]
+    assert [share.expert for share in answer.experts] == names
+    assert sum(share.weight for share in answer.experts) == pytest.approx(1)
+
+    encoded = encode_records(tokenizer, read_records([tiny_records(tmp_path / "records.jsonl", NAMES[:2])]))
+    router = evaluate_model(model, tokenizer, encoded)[0]["router"]
+    assert [expert["name"] for expert in router["experts"]] == names
+    taken = sum(sum(load.values()) for load in router["tokens_per_expert"].values())
+    assert taken == sum(len(item.tokens) for item in encoded) * 3 * model.config.num_hidden_layers
 
 
 def test_average_blends_what_is_shared_and_leaves_the_experts(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from h3scale.checkpoint.consolidate import consolidate, expected_shapes, find_checkpoint
@@ -15,6 +16,7 @@ from h3scale.checkpoint.shards import ModelFolder, read_json
 from h3scale.checkpoint.zero import Block, ZeroCheckpoint
 from h3scale.cli.checkpoint import app, parse_size
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError, UsageError
+from h3scale.model.families import MOE_FAMILIES, as_published
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4), (6, 2), (7, 1), (8, 4)]
 
@@ -88,6 +90,19 @@ def test_an_untied_config_gets_both_copies_of_tied_weights(shard, weights, tmp_p
 def test_expected_names_are_those_that_transformers_writes(model, weights):
     expected = expected_shapes(read_json(model / "config.json"), model)
     assert expected == {name: tuple(values.shape) for name, values in weights.items()}
+
+
+@pytest.mark.parametrize("moe_type", MOE_FAMILIES)
+def test_names_of_every_family_are_expected_from_its_config_whichever_word_counts_the_experts(tmp_path, moe_type):
+    """Qwen3-MoE's names hold `.mlp.` on disk as in transformers' own modules; only the latter must be replaced."""
+    sizes = {"num_local_experts": 3, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 20}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    sizes[MOE_FAMILIES[moe_type].expert_size_key] = 28
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(moe_type, **sizes)).save_pretrained(tmp_path)
+    folder = ModelFolder(tmp_path)
+    found = {name: spec.shape for name, spec in folder.specs.items()}
+    for config in (folder.config, as_published(folder.config)):
+        assert expected_shapes(config, tmp_path) == found
 
 
 def _refused(error, folder, out, *texts, **options):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from h3scale.checkpoint import verify as room
 from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
-from h3scale.checkpoint.shards import INDEX, read_json
+from h3scale.checkpoint.shards import INDEX, read_json, write_json
 from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
 from h3scale.cli.checkpoint import app
 from h3scale.errors import DataError, MissingInputError, UnsafeError
@@ -154,7 +154,23 @@ def test_identical_experts_are_a_warning(pair):
         tensors[EXPERT.format(0, 2, "w1")] = tensors[EXPERT.format(0, 0, "w1")].clone()  # one part alone is no twin
 
     _change(pair[0], edit)
-    assert verify(pair[0]).warnings == [f"{pair[0]}: layer 1: experts 0 and 2 have identical weights"]
+    assert verify(pair[0]).warnings == [f"{pair[0]}: experts 0 and 2 have identical weights in layer 1"]
+
+
+def test_copies_that_are_not_trained_yet_are_one_line_for_all_layers(pair):
+    config = read_json(pair[0] / "config.json")
+    config["h3scale"]["experts"] = ["helpful", "helpful", "harmless", "honest"]
+    write_json(pair[0] / "config.json", config)
+
+    def edit(tensors):
+        for part in ("w1", "w2", "w3"):
+            for layer in range(2):
+                tensors[EXPERT.format(layer, 1, part)] = tensors[EXPERT.format(layer, 0, part)].clone()
+
+    _change(pair[0], edit)
+    assert verify(pair[0]).warnings == [
+        f"{pair[0]}: experts 0 and 1 have identical weights in layers 0, 1 (copies of one FFN, which training parts)"
+    ]
 
 
 def test_a_tokenizer_with_too_many_words_is_found(pair):

@@ -13,7 +13,16 @@ from h3scale.data.sources import read_records
 from h3scale.errors import DataError, MissingInputError
 from h3scale.fusion import router_init
 from h3scale.fusion.execute import choose_records, fuse
-from h3scale.fusion.router_init import cut, expert_rows, fit_router, oracle_pass, random_rows, router_accuracy, set_routers
+from h3scale.fusion.router_init import (
+    cut,
+    expert_rows,
+    fit_router,
+    oracle_pass,
+    part_copies,
+    random_rows,
+    router_accuracy,
+    set_routers,
+)
 from h3scale.fusion.solve import Logistic, PromptMean, Ridge, best_scale, golden_section
 from h3scale.model.experts import ExpertMap
 from h3scale.model.router import alignment_log_probs, membership_AE
@@ -135,6 +144,58 @@ def test_experts_of_one_alignment_share_a_row_and_general_ones_have_zeros():
     rows_AH = torch.arange(6.0).reshape(2, 3) + 1
     rows_EH = expert_rows(rows_AH, ExpertMap(("a", "b"), ("b", None, "a", "b")))
     assert rows_EH.tolist() == [[4, 5, 6], [0, 0, 0], [1, 2, 3], [4, 5, 6]]
+
+
+def test_copies_move_apart_by_a_share_of_the_rows_length_and_their_mean_stays():
+    expert_map = ExpertMap(("a", "b"), ("a", "a", "a", "b", None, None))
+    rows_EH = expert_rows(torch.randn(2, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64), expert_map)
+    found_EH = part_copies(rows_EH, expert_map, 0.25, torch.Generator().manual_seed(0))
+    assert torch.equal(found_EH[3], rows_EH[3])  # an expert without a copy
+    length = rows_EH[:4].norm(dim=1).square().mean().sqrt()
+    for copies in ([0, 1, 2], [4, 5]):
+        moved_CH = found_EH[copies] - rows_EH[copies]
+        torch.testing.assert_close(moved_CH.mean(0), torch.zeros(50, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(moved_CH.norm(dim=1).square().mean().sqrt(), 0.25 * length)
+        assert moved_CH.norm(dim=1).min() > 0.1 * length
+    assert torch.equal(found_EH, part_copies(rows_EH, expert_map, 0.25, torch.Generator().manual_seed(0)))
+    assert not torch.equal(found_EH, part_copies(rows_EH, expert_map, 0.25, torch.Generator().manual_seed(1)))
+
+
+def test_only_rows_that_were_moved_apart_let_training_part_the_copies(tmp_path):
+    """With equal rows, copies of one FFN get equal gradients, step after step; with the recipe's noise they do not."""
+    base = tiny_llama(tmp_path / "base")
+    models = {label: str(tiny_aligned(tmp_path / label, base, seed=i + 1)) for i, label in enumerate(LABELS)}
+    records = tiny_records(tmp_path / "records.jsonl", LABELS)
+    recipe = {"base": str(base), "models": models, "experts_per_alignment": 2, "general_experts": 2, "top_k": 4}
+    recipe |= {"out": str(tmp_path / "fused"), "router": {"records": [str(records)]}}
+    fuse(FuseRecipe.model_validate(recipe))
+    encoded = encode_records(load_tokenizer(tmp_path / "fused"), read_records([records]))
+    parted = copies_distance(load_model(tmp_path / "fused"), encoded)
+    model = load_model(tmp_path / "fused")
+    expert_map = ExpertMap.from_config(model.config)
+    equal_LEH = []
+    for router in router_init.router_modules(model):
+        pairs = router.weight.detach().view(-1, 2, router.weight.shape[1])
+        equal_LEH.append(pairs.mean(1).repeat_interleave(2, 0))
+    set_routers(model, equal_LEH)
+    equal = copies_distance(model, encoded)
+    assert len(expert_map.experts) == 2 * len(equal)
+    assert max(equal) < 1e-3
+    assert min(parted) > 0.05
+
+
+def copies_distance(model, encoded, steps=5):
+    """After some steps: how far two copies are from each other, as a share of how far they went; one number a pair."""
+    weights = model.model.layers[0].mlp.experts.down_proj
+    start_EHI = weights.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.tensor([item.input_ids for item in encoded])
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = (weights.detach() - start_EHI).flatten(1)
+    return [((one - other).norm() / (one.norm() + other.norm())).item() for one, other in moved.view(-1, 2, moved.shape[1])]
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,15 @@ from h3scale.train.anchor import DriftAnchor
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.loss import Counts, compute_losses
 from h3scale.train.metrics import Metrics
-from h3scale.train.save import save_checkpoint, save_dense
+from h3scale.train.save import save_checkpoint, save_folder
 from h3scale.train.schedule import learning_rate_share
 
 
 def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     """Runs the recipe and gives the folder of the result.
 
-    A run that shards weights (ZeRO-3, or experts) leaves a training checkpoint `out/step-K` for `checkpoint consolidate`;
-    a dense run without sharding leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`.
+    A run that shards weights (ZeRO-3) leaves a training checkpoint `out/step-K` for `checkpoint consolidate`; one that does
+    not (ZeRO-0 to 2) leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`.
     """
     out = Path(recipe.out)
     _check_place(recipe, out.resolve())
@@ -46,7 +46,7 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     steps_of_run(recipe, run, loader, metrics, anchor)
     if run.zero_stage == 3:
         return save_checkpoint(run, recipe, loader, run_folder, out)
-    return save_dense(run, recipe, run_folder, out, force)
+    return save_folder(run, recipe, run_folder, out, force)
 
 
 def steps_of_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Metrics, anchor: DriftAnchor | None) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from h3scale import __version__
+from h3scale.checkpoint.consolidate import expected_shapes, stored_as
 from h3scale.checkpoint.shards import TensorSpec, new_folder, write_json, write_model
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
@@ -21,20 +22,63 @@ from h3scale.train.engine import Run
 PROBE_TOKENS = 64
 
 
-def save_dense(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, force: bool) -> Path:
-    """Writes a dense, unsharded model as a Hugging Face folder, with the run's metrics.jsonl; rank 0 only."""
+def save_folder(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, force: bool) -> Path:
+    """Writes a model that is not sharded (ZeRO-0 to 2) as a Hugging Face folder, with the run's metrics.jsonl.
+
+    Values are the optimizer's fp32 master weights, one parameter at a time in memory; rank 0 writes, every rank calls this:
+    the masters are spread over the ranks, and so are the experts.
+    """
+    config = _config(run)
+    shapes = expected_shapes(config, out)
+    origins = {name: stored_as(name, run.moe_type) for name in shapes}
+    # What comes out of one parameter stands together: it is put together once.
+    specs = [TensorSpec(name, shapes[name], torch.float32) for name in sorted(shapes, key=lambda name: origins[name][0])]
+    gather = _Gather(run)
     if run.rank == 0:
-        tensors = {name: tensor.detach().cpu() for name, tensor in run.engine.module.state_dict().items()}
-        if run.config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
-        specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
         with new_folder(out, force) as folder:
-            write_model(folder, _config(run), specs, tensors.__getitem__, what="save")
+            write_model(folder, config, specs, lambda name: gather.tensor(*origins[name]), what="save")
             _save_extras(run, recipe, folder)
             (run_folder / "metrics.jsonl").rename(folder / "metrics.jsonl")
             run_folder.rmdir()
+    else:
+        for spec in specs:
+            gather.tensor(*origins[spec.name])
     dist.barrier()
     return out
+
+
+class _Gather:
+    """Whole tensors of a model under ZeRO-0 to 2, put together on rank 0. All ranks ask for the same ones in the same order."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.parameters = dict(run.engine.module.named_parameters())
+        self.name, self.values = "", torch.empty(0)
+
+    @torch.no_grad()
+    def tensor(self, name: str, expert: int | None) -> torch.Tensor:
+        """fp32 on the CPU: a parameter, or one expert (of all) of a stacked one. Only rank 0's is meant to be used."""
+        if name != self.name:
+            self.name, self.values = name, self._whole(self.parameters[name])
+        if expert is None:
+            return self.values.cpu()
+        holder, place = divmod(expert, self.values.shape[0])  # the ranks of the first EP group are 0, 1, ...
+        if holder == self.run.rank:
+            found = self.values[place].contiguous()
+            if holder:
+                dist.send(found, 0)
+        else:
+            found = torch.empty_like(self.values[0])
+            if self.run.rank == 0:
+                dist.recv(found, holder)
+        return found.cpu()
+
+    def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if hasattr(parameter, "_hp_mapping"):
+            return safe_get_full_fp32_param(parameter)
+        return parameter.detach().float()
 
 
 def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, run_folder: Path, out: Path) -> Path:

@@ -186,6 +186,7 @@ def complete(
         gradient_accumulation_steps=rows // (micro * world_size),
         gradient_clipping=recipe.optimizer.clip_norm,
         zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,  # torch's takes its place where there is no GPU
     )
     if moe:
         chosen = {"enabled": True, "autoep_size": recipe.ep_size, "preset_model": moe[0]}

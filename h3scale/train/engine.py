@@ -144,7 +144,7 @@ def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, An
             "lr": optimizer.learning_rate,
             "betas": list(optimizer.betas),
             "weight_decay": optimizer.weight_decay,
-            "torch_adam": not torch.cuda.is_available(),
+            **_implementation(ds_config),
         },
     }
     trained = [(group_of(name), parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -158,6 +158,14 @@ def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, An
         groups.setdefault(name, {"name": name, "lr": rate, "peak_lr": rate, "weight_decay": decay, "params": []})
         groups[name]["params"].append(parameter)
     return list(groups.values())
+
+
+def _implementation(ds_config: dict[str, Any]) -> dict[str, bool]:
+    """Which AdamW: DeepSpeedCPUAdam where a GPU's optimizer is offloaded, else torch's, fused on a GPU (no compiler needed)."""
+    if not torch.cuda.is_available():
+        return {"torch_adam": True}
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    return {} if offload != "none" else {"torch_adam": True, "fused": True}
 
 
 def learning_rates(optimizer: Optimizer, trained: set[str]) -> dict[str, float]:

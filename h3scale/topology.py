@@ -5,6 +5,7 @@ hold the same experts in different EP groups form an expert-data-parallel (EDP) 
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 from h3scale.errors import ConfigError
 
@@ -12,6 +13,11 @@ from h3scale.errors import ConfigError
 def divisors(number: int) -> list[int]:
     """All divisors of a positive number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def best_ep_size(num_experts: int, ranks_per_node: int) -> int:
+    """The largest EP size for these experts that stays within a node: all-to-all between nodes is what slows experts down."""
+    return gcd(num_experts, ranks_per_node)
 
 
 @dataclass(frozen=True)

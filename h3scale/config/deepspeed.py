@@ -8,7 +8,7 @@ from typing import Any
 from h3scale.config.base import find
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError
-from h3scale.topology import Topology, divisors
+from h3scale.topology import Topology, best_ep_size, divisors
 
 # What the recipe owns, and the recipe's word for it. A file that sets one of these too would have two masters.
 OWNED = {
@@ -157,9 +157,16 @@ def read_deepspeed(path: str) -> dict[str, Any]:
 
 
 def complete(
-    values: dict[str, Any], recipe: TrainRecipe, where: str, world_size: int, moe: tuple[str, int] | None
+    values: dict[str, Any],
+    recipe: TrainRecipe,
+    where: str,
+    world_size: int,
+    moe: tuple[str, int] | None,
+    ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
     """The dict for deepspeed.initialize. `moe`: (AutoEP preset, number of experts), or None for a dense model.
+
+    `ranks_per_node` is what `ep_size: best` goes by; all ranks when it is not given.
 
     Raises ConfigError (78) when the ranks do not divide the batch, or ep_size does not divide ranks and experts.
     """
@@ -171,12 +178,13 @@ def complete(
             f"{where}: rows_per_micro_batch: {micro} x {world_size} ranks does not divide data.rows_per_batch = {rows} "
             f"(works: {', '.join(works) or f'no value; use a number of ranks that divides {rows}'})"
         )
+    ep_size = recipe.ep_size if recipe.ep_size != "best" else best_ep_size(moe[1] if moe else 1, ranks_per_node or world_size)
     if moe:
         try:
-            Topology(world_size, recipe.ep_size, moe[1])
+            Topology(world_size, ep_size, moe[1])
         except ConfigError as error:
             findings += [f"{where}: {finding}" for finding in error.findings]
-    elif recipe.ep_size != 1:
+    elif ep_size != 1:
         findings.append(f"{where}: ep_size: {recipe.ep_size}, but the model is dense and has no experts (works: 1)")
     if findings:
         raise ConfigError(findings)
@@ -189,7 +197,7 @@ def complete(
         zero_force_ds_cpu_optimizer=False,  # torch's takes its place where there is no GPU
     )
     if moe:
-        chosen = {"enabled": True, "autoep_size": recipe.ep_size, "preset_model": moe[0]}
+        chosen = {"enabled": True, "autoep_size": ep_size, "preset_model": moe[0]}
         config["expert_parallel"] = {**values.get("expert_parallel", {}), **chosen}
     else:
         config.pop("expert_parallel", None)

@@ -8,7 +8,7 @@ import traceback
 from h3scale import log
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
-from h3scale.errors import H3Error, UsageError
+from h3scale.errors import H3Error, PeerLostError, UsageError
 
 USAGE = "usage: python -m h3scale.train RECIPE [key=value ...] [--force] [--debug]"
 
@@ -35,8 +35,11 @@ def main(arguments: list[str]) -> int:
         for finding in error.findings:
             print(f"error: {finding}", file=sys.stderr)
         return error.exit_code
-    except Exception:  # our bug: the traceback, and the exit code that says so
-        traceback.print_exc()
+    except Exception as error:
+        if _peer_lost(error):
+            print(f"error: rank {log.RANK}: the other ranks do not answer ({str(error).splitlines()[0]})", file=sys.stderr)
+            return PeerLostError.exit_code
+        traceback.print_exc()  # our bug: the traceback, and the exit code that says so
         return 70
     _leave()
     if log.RANK == 0:
@@ -46,6 +49,15 @@ def main(arguments: list[str]) -> int:
         else:
             print(f"next:   h3scale evaluate {out} --records FILE.jsonl --out FILE.json")
     return 0
+
+
+def _peer_lost(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or late: NCCL says so by type, gloo by its words."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def _leave() -> None:

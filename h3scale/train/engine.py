@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from h3scale.config.recipe import Optimizer, TrainRecipe
 from h3scale.errors import ConfigError
 from h3scale.log import logger
 from h3scale.model.experts import ExpertMap
-from h3scale.model.families import AUTOEP_PRESETS
+from h3scale.model.families import AUTOEP_PRESETS, num_experts
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
 from h3scale.model.trainable import freeze, group_of, whole_shape
 from h3scale.train.anchor import expert_gammas
@@ -35,6 +36,7 @@ class Run:
     world_size: int
     micro_batches: int
     zero_stage: int
+    ep_size: int
 
     @property
     def moe_type(self) -> str:
@@ -58,7 +60,8 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)  # type: ignore[arg-type]
     expert_map, moe = _experts(recipe, where)
-    ds_config = complete(values, recipe, where, world_size, moe)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    ds_config = complete(values, recipe, where, world_size, moe, ranks_per_node)
     zero_stage = _stage(ds_config)
     if moe and zero_stage == 0:
         raise ConfigError(f"{where}: deepspeed: {recipe.deepspeed} has ZeRO stage 0, and experts need sharding (works: 1, 2, 3)")
@@ -66,7 +69,8 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         expert_gammas(recipe.drift, expert_map)  # its findings before anything is started
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    timeout = timedelta(seconds=recipe.collective_timeout_s)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False, timeout=timeout)
     with freed_memory_returned():
         model = _model(recipe, tokenizer, ds_config)
         check_tokenizer(model, tokenizer, where)
@@ -76,6 +80,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         )
         if recipe.model and zero_stage == 3:
             fill(engine, Path(recipe.model))
+    _limit_all_groups(timeout)
     total = sum(counts.values())
     logger.info("trained: %s", ", ".join(f"{group} {count:,}" for group, count in counts.items()) + f" ({total:,} parameters)")
     return Run(
@@ -87,6 +92,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         world_size=world_size,
         micro_batches=ds_config["gradient_accumulation_steps"],
         zero_stage=zero_stage,
+        ep_size=ds_config.get("expert_parallel", {}).get("autoep_size", 1),
     )
 
 
@@ -95,14 +101,25 @@ def _experts(recipe: TrainRecipe, where: str) -> tuple[ExpertMap | None, tuple[s
     if recipe.init == "random":
         return None, None
     config = ModelFolder(recipe.model or "").config
-    expert_map, preset = ExpertMap.from_config(config), AUTOEP_PRESETS.get(config.get("model_type", ""))
-    if preset is None:
+    if num_experts(config) is None:
         return None, None
+    expert_map, family = ExpertMap.from_config(config), config.get("model_type", "")
+    findings = []
+    if family not in AUTOEP_PRESETS:
+        findings.append(f"{recipe.model} is '{family}', which cannot be trained (works: {', '.join(AUTOEP_PRESETS)})")
     if expert_map is None:
-        raise ConfigError(
-            f"{where}: model: {recipe.model} has experts, but its config names no alignments (h3scale fuse writes them)"
-        )
-    return expert_map, (preset, expert_map.num_experts)
+        findings.append(f"{recipe.model} has experts, but its config names no alignments (h3scale fuse writes them)")
+    if findings or expert_map is None:
+        raise ConfigError([f"{where}: model: {finding}" for finding in findings])
+    return expert_map, (AUTOEP_PRESETS[family], expert_map.num_experts)
+
+
+def _limit_all_groups(timeout: timedelta) -> None:
+    """Gives every process group the timeout: DeepSpeed makes those of the experts with torch's default."""
+    from torch.distributed import distributed_c10d
+
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _one_core_a_rank() -> None:

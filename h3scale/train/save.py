@@ -125,7 +125,7 @@ def _commit(run: Run, recipe: TrainRecipe, loader: TypedLoader, partial: Path) -
                 "h3scale": __version__,
                 "step": recipe.steps,
                 "world_size": run.world_size,
-                "ep_size": recipe.ep_size,
+                "ep_size": run.ep_size,
                 "zero_stage": run.zero_stage,
                 "data": loader.state(recipe.steps),
                 "files": hashes,

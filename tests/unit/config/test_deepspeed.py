@@ -99,3 +99,13 @@ def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
     assert SECTIONS["zero_optimization.offload_optimizer"] == set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
     zero = {alias for name, field in DeepSpeedZeroConfig.model_fields.items() for alias in (name, field.alias) if alias}
     assert SECTIONS["zero_optimization"] <= zero
+
+
+@pytest.mark.parametrize(("experts", "ranks", "ranks_per_node", "found"), [(8, 16, 8, 8), (4, 8, 8, 4), (6, 8, 8, 2), (7, 8, 8, 1)])
+def test_the_best_ep_size_divides_the_experts_and_the_ranks_of_a_node(
+    experts: int, ranks: int, ranks_per_node: int, found: int
+) -> None:
+    words = ("ep_size=best", "data.rows_per_batch=16", "rows_per_micro_batch=1")
+    config = complete({}, recipe(*words), "r.yaml", ranks, ("mixtral", experts), ranks_per_node)
+    assert config["expert_parallel"]["autoep_size"] == found
+    assert "expert_parallel" not in complete({}, recipe(*words), "r.yaml", ranks, None, ranks_per_node)

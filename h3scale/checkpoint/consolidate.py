@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from h3scale.checkpoint.lora import open_weights
 from h3scale.checkpoint.shards import TensorSpec, check_output, copy_tokenizer, new_folder, read_json, write_model
 from h3scale.checkpoint.zero import ZeroCheckpoint
 from h3scale.errors import DataError, MissingInputError, UnsafeError
@@ -135,7 +136,7 @@ def consolidate(
     check_output(target, force)
     checkpoint = find_checkpoint(source, config_from)
     checkpoint.check_sizes()
-    weights = ZeroCheckpoint(checkpoint.deepspeed)
+    weights = open_weights(checkpoint.deepspeed, checkpoint.model)
     origins = _match(checkpoint, weights)
     specs = [TensorSpec(name, shape, _stored(weights, origin, dtype)) for name, (shape, origin) in origins.items()]
     dtypes = {spec.name: spec.dtype for spec in specs}

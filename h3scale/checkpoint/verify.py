@@ -19,6 +19,7 @@ from h3scale.checkpoint.consolidate import (
     sha256,
     stored_as,
 )
+from h3scale.checkpoint.lora import open_weights
 from h3scale.checkpoint.shards import TOKENIZER_FILES, ModelFolder, read_json
 from h3scale.checkpoint.zero import ZeroCheckpoint
 from h3scale.errors import DataError, H3Error, UnsafeError
@@ -204,7 +205,7 @@ def _check_settings(folder: ModelFolder, checkpoint: TrainingCheckpoint, report:
 
 
 def _check_trained(folder: ModelFolder, checkpoint: TrainingCheckpoint, report: Report) -> None:
-    weights = ZeroCheckpoint(checkpoint.deepspeed)
+    weights = open_weights(checkpoint.deepspeed, checkpoint.model)
     _check_weights(folder, checkpoint, weights, report)
     _check_probe(folder, checkpoint, report, exact=report.dtypes == ["float32"] and not weights.is_rounded)
 

@@ -46,7 +46,7 @@ class Optimizer(Strict):
 
     learning_rate: float = Field(gt=0)
     # Of single groups; 0 keeps a group as it is, in a checkpoint that can be written (frozen experts cannot, under ZeRO-3).
-    learning_rates: dict[Group, NotNegative] = Field(default_factory=dict)
+    learning_rates: dict[Group | Literal["lora"], NotNegative] = Field(default_factory=dict)
     betas: Annotated[tuple[float, float], Strict_(False)] = (0.9, 0.95)
     weight_decay: NotNegative = 0.0
     warmup_share: Share = 0.05
@@ -54,6 +54,19 @@ class Optimizer(Strict):
     decay_share: Share = 0.2  # of wsd
     final_share: Share = 0.1
     clip_norm: float = Field(default=1.0, gt=0)
+
+
+class Lora(Strict):
+    """LoRA: frozen matrices get updates of low rank, which are merged into them in what the run leaves behind.
+
+    For memory and traffic: an update has rank x (in + out) parameters with optimizer state, its matrix in x out. Experts are
+    stacked tensors under AutoEP and have no LoRA there; `ffn` is for dense models.
+    """
+
+    rank: Positive = 8
+    alpha: float = Field(default=16.0, gt=0)  # the update counts alpha / rank times
+    targets: list[Literal["attention", "ffn"]] = Field(default=["attention"], min_length=1)
+    dropout: Share = 0.0  # of the update's input; above 0 the losses of a run depend on how it is split into ranks
 
 
 class RouterLoss(Strict):
@@ -89,7 +102,8 @@ class TrainRecipe(Strict):
     data: Data
     steps: Positive
     rows_per_micro_batch: Positive = 4
-    trainable: list[Literal["all"] | Group] = Field(min_length=1)
+    trainable: list[Literal["all"] | Group] = Field(default_factory=list)  # nothing, where `lora` is all that is trained
+    lora: Lora | None = None
     optimizer: Optimizer
     router: RouterLoss = RouterLoss()
     drift: Drift = Drift()
@@ -109,6 +123,15 @@ class TrainRecipe(Strict):
             raise ValueError("init: random and `model` exclude each other (works: one of them)")
         if self.init == "model" and self.model is None:
             raise ValueError("`model` is required (a model folder), or init: random")
+        return self
+
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        if not self.trainable and self.lora is None:
+            raise ValueError("`trainable` is required (such as [experts, router]), or `lora`")
+        both = sorted({"all", *(self.lora.targets if self.lora else [])} & set(self.trainable)) if self.lora else []
+        if both:
+            raise ValueError(f"trainable: {', '.join(both)} and lora exclude each other (a matrix is tuned whole or by an update)")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from h3scale.errors import ConfigError
 
 # By the name of a parameter in transformers' modules. The first group that matches has the parameter.
 GROUPS = {
+    "lora": r"\.lora_[AB]\.",
     "router": r"\.mlp\.gate\.",
     "experts": r"\.mlp\.experts\.",
     "ffn": r"\.mlp\.",
@@ -27,8 +28,8 @@ def group_of(name: str) -> str:
 def freeze(model: nn.Module, trainable: Sequence[str]) -> dict[str, int]:
     """Sets requires_grad of every parameter; gives the number of trained elements of each group.
 
-    `ffn` in a mixture of experts means its experts, so one recipe serves both. Raises ConfigError (78) for a group
-    that the model does not have.
+    `ffn` in a mixture of experts means its experts, so one recipe serves both; LoRA's updates, where there are any, are always
+    trained. Raises ConfigError (78) for a group that the model does not have.
     """
     counts: dict[str, int] = {}
     present = {group_of(name) for name, _ in model.named_parameters()}
@@ -37,9 +38,9 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> dict[str, int]:
         wanted = wanted - {"ffn"} | {"experts"}
     absent = sorted(wanted - present - {"all"})
     if absent:
-        raise ConfigError(
-            [f"trainable: '{group}': the model has none (works: all, {', '.join(sorted(present))})" for group in absent]
-        )
+        works = ", ".join(["all", *sorted(present - {"lora"})])
+        raise ConfigError([f"trainable: '{group}': the model has none (works: {works})" for group in absent])
+    wanted.add("lora")
     for name, parameter in model.named_parameters():
         group = group_of(name)
         parameter.requires_grad_("all" in wanted or group in wanted)

@@ -18,6 +18,7 @@ from h3scale.errors import ConfigError
 from h3scale.log import logger
 from h3scale.model.experts import ExpertMap
 from h3scale.model.families import AUTOEP_PRESETS, num_experts
+from h3scale.model.lora import add_lora
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
 from h3scale.model.trainable import freeze, group_of, whole_shape
 from h3scale.train.anchor import expert_gammas
@@ -74,6 +75,8 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     with freed_memory_returned():
         model = _model(recipe, tokenizer, ds_config)
         check_tokenizer(model, tokenizer, where)
+        if recipe.lora:
+            add_lora(model, recipe.lora)
         counts = freeze(model, recipe.trainable)
         engine, *_ = deepspeed.initialize(
             model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)

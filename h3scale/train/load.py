@@ -23,6 +23,7 @@ from h3scale.checkpoint.consolidate import differences, expected_shapes, stored_
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.errors import DataError
 from h3scale.log import progress
+from h3scale.model.lora import is_update, plain_name
 from h3scale.model.trainable import group_of
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -138,16 +139,13 @@ def fill(engine: Any, folder: Path) -> None:
     files = ModelFolder(folder)
     origins = _origins(files)
     parameters = dict(engine.module.named_parameters())
-    unknown = sorted(parameters.keys() - origins.keys())
-    if unknown:
-        raise DataError([f"{folder}: '{name}' is missing" for name in unknown])
-    total = sum(parameter.ds_tensor.numel() for parameter in parameters.values())
-    with progress("load", total, "parameters of this rank") as bar:
-        for name, parameter in parameters.items():
+    read = {name: parameter for name, parameter in parameters.items() if not is_update(name)}  # LoRA's begin as peft made them
+    with progress("load", sum(parameter.ds_tensor.numel() for parameter in read.values()), "parameters of this rank") as bar:
+        for name, parameter in read.items():
             shard = Shard.of(engine.module, name, parameter)
             values = torch.zeros(shard.length)
             at = 0
-            for piece in _pieces(files, origins[name], shard):
+            for piece in _pieces(files, origins[plain_name(name)], shard):
                 values[at : at + piece.numel()] = piece
                 at += piece.numel()
             parameter.ds_tensor.copy_(values)

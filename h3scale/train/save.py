@@ -17,6 +17,7 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.data.tokenizer import save_tokenizer
 from h3scale.errors import StorageError
+from h3scale.model.lora import merged, plain_name, updates_of
 from h3scale.train.engine import Run
 
 PROBE_TOKENS = 64
@@ -33,7 +34,7 @@ def save_folder(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, forc
     origins = {name: stored_as(name, run.moe_type) for name in shapes}
     # What comes out of one parameter stands together: it is put together once.
     specs = [TensorSpec(name, shapes[name], torch.float32) for name in sorted(shapes, key=lambda name: origins[name][0])]
-    gather = _Gather(run)
+    gather = _Gather(run, recipe)
     if run.rank == 0:
         with new_folder(out, force) as folder:
             write_model(folder, config, specs, lambda name: gather.tensor(*origins[name]), what="save")
@@ -50,16 +51,17 @@ def save_folder(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, forc
 class _Gather:
     """Whole tensors of a model under ZeRO-0 to 2, put together on rank 0. All ranks ask for the same ones in the same order."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, recipe: TrainRecipe):
         self.run = run
-        self.parameters = dict(run.engine.module.named_parameters())
+        self.scale = recipe.lora.alpha / recipe.lora.rank if recipe.lora else 0.0
+        self.parameters = {plain_name(name): parameter for name, parameter in run.engine.module.named_parameters()}
         self.name, self.values = "", torch.empty(0)
 
     @torch.no_grad()
     def tensor(self, name: str, expert: int | None) -> torch.Tensor:
         """fp32 on the CPU: a parameter, or one expert (of all) of a stacked one. Only rank 0's is meant to be used."""
         if name != self.name:
-            self.name, self.values = name, self._whole(self.parameters[name])
+            self.name, self.values = name, self._whole(name)
         if expert is None:
             return self.values.cpu()
         holder, place = divmod(expert, self.values.shape[0])  # the ranks of the first EP group are 0, 1, ...
@@ -73,12 +75,13 @@ class _Gather:
                 dist.recv(found, holder)
         return found.cpu()
 
-    def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def _whole(self, name: str) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        if hasattr(parameter, "_hp_mapping"):
-            return safe_get_full_fp32_param(parameter)
-        return parameter.detach().float()
+        parameter = self.parameters[name]
+        master = hasattr(parameter, "_hp_mapping")
+        values = safe_get_full_fp32_param(parameter) if master else parameter.detach().float()
+        return merged(name, values, self.scale, self._whole) if updates_of(name)[0] in self.parameters else values
 
 
 def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, run_folder: Path, out: Path) -> Path:

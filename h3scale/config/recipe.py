@@ -89,6 +89,22 @@ class Drift(Strict):
     gammas: dict[str, NotNegative] = Field(default_factory=dict)
 
 
+class Tracking(Strict):
+    """Who is told each step's figures, beside metrics.jsonl, which is always written. A tracker that fails is switched off.
+
+    TensorBoard by default: files in the run's folder, no account. wandb and trackio get the name of a project and must be
+    installed by whoever asks for them; their own settings come from the environment (WANDB_MODE, TRACKIO_SPACE_ID, ...),
+    which is where keys belong: the recipe is sent with the run.
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = None
+    trackio: str | None = None
+    live: bool = True  # the view on rank 0's terminal; false: one line that moves (for screen readers and recordings)
+    # MFU is of this, for a device that h3scale does not know by name; without it the peak is measured by a matrix product.
+    peak_tflops: float | None = Field(default=None, gt=0)
+
+
 class TrainRecipe(Strict):
     """One training run: a base from random weights, one alignment (`alignment` set), or a fused model."""
 
@@ -107,6 +123,7 @@ class TrainRecipe(Strict):
     optimizer: Optimizer
     router: RouterLoss = RouterLoss()
     drift: Drift = Drift()
+    tracking: Tracking = Tracking()
     deepspeed: str
     # Ranks that share one set of experts; best: the largest that divides the experts and the ranks of a node.
     ep_size: Positive | Literal["best"] = 1

@@ -8,21 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.shards import check_output, write_json
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.collate import Batch
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepare, prepared_folder, relevant_alignments
 from h3scale.data.store import open_store
 from h3scale.errors import H3Error, MissingInputError, PeerLostError, UnsafeError
-from h3scale.log import logger, progress
+from h3scale.log import LogFile, libraries_to_file, logger
+from h3scale.model.flops import Flops, active_parameters, attended_pairs, training_flops
 from h3scale.model.router import membership_AE
 from h3scale.train.anchor import DriftAnchor
 from h3scale.train.engine import Run, set_learning_rate, start
+from h3scale.train.live import open_view
 from h3scale.train.loss import Counts, compute_losses
 from h3scale.train.metrics import Metrics
+from h3scale.train.peak import peak_of
 from h3scale.train.save import save_checkpoint, save_folder
 from h3scale.train.schedule import learning_rate_share
+from h3scale.train.timing import timed_all_to_all
+from h3scale.train.trackers import Guarded, open_trackers
 
 
 def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
@@ -34,6 +39,11 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     out = Path(recipe.out)
     _check_place(recipe, out.resolve())
     check_output(out, force)
+    with libraries_to_file() as log_file:
+        return _train(recipe, where, out, force, log_file)
+
+
+def _train(recipe: TrainRecipe, where: str, out: Path, force: bool, log_file: LogFile) -> Path:
     seed_everything(recipe.seed)
     run = start(recipe, where)
     loader = make_loader(recipe, run)
@@ -41,30 +51,35 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     if run.rank == 0:
         _fresh(run_folder)
     torch.distributed.barrier()
-    metrics = Metrics(run_folder / "metrics.jsonl", loader.alignments, run.engine.device)
+    log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
     anchor = make_anchor(recipe, run)
-    steps_of_run(recipe, run, loader, metrics, anchor)
+    metrics, flops = make_metrics(recipe, run, loader, run_folder)
+    try:
+        steps_of_run(recipe, run, loader, metrics, anchor, flops)
+    finally:
+        metrics.close()
     if run.zero_stage == 3:
         return save_checkpoint(run, recipe, loader, run_folder, out)
     return save_folder(run, recipe, run_folder, out, force)
 
 
-def steps_of_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Metrics, anchor: DriftAnchor | None) -> None:
+def steps_of_run(
+    recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Metrics, anchor: DriftAnchor | None, flops: Flops
+) -> None:
     """All optimizer steps of the recipe."""
-    tokens_per_step = recipe.data.rows_per_batch * recipe.data.sequence_length
     run.engine.train()
-    with progress("train", recipe.steps * tokens_per_step, "tokens") as bar:
+    window = getattr(run.config, "sliding_window", None)
+    metrics.start()
+    with timed_all_to_all(metrics.clock):
         for step in range(recipe.steps):
             batch = loader.batch(step)
             share = learning_rate_share(step, recipe.steps, recipe.optimizer)
             set_learning_rate(run.engine, share)
             counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
             one_step(recipe, run, loader, batch, counts, metrics, anchor)
-            extra = {"lr": recipe.optimizer.learning_rate * share}
-            mixed = zip(loader.alignments, loader.tokens_by_alignment(batch).tolist(), strict=True)
-            extra |= {f"tokens/{alignment}": tokens for alignment, tokens in mixed}
-            line = metrics.close_step(step + 1, counts.targets, counts.votes, loader.tokens_in(batch), extra)
-            bar.advance(tokens_per_step, _note(line))
+            tokens = loader.tokens_in(batch)
+            needed = flops.of(tokens, attended_pairs(loader.kept[batch.records], window))
+            metrics.close_step(step + 1, counts.targets, counts.votes, tokens, _extra(recipe, run, loader, batch, share), needed)
 
 
 def one_step(
@@ -77,18 +92,47 @@ def one_step(
     anchor: DriftAnchor | None,
 ) -> None:
     """This rank's micro-batches of one global batch, and the optimizer step at the end of them."""
-    engine = run.engine
+    engine, clock = run.engine, metrics.clock
     member_AE = membership_AE(run.expert_map, engine.device) if run.expert_map else None
     parts = run.world_size * run.micro_batches
     for rows in rows_of_rank(batch, run.rank, run.world_size, recipe.rows_per_micro_batch):
-        tensors = _to(loader.tensors(rows, run.tokenizer.pad_token_id or 0), engine.device)
-        losses = compute_losses(engine, tensors, counts, recipe.router, loader.alignments, member_AE, parts)
-        engine.backward(losses.total)  # LM + router
-        metrics.add(losses.sums)
-        if anchor and anchor.active and engine.is_gradient_accumulation_boundary():
-            metrics.add({"drift": anchor.local_sum()})
-            anchor.add_gradient()  # on this rank's shard
-        engine.step()
+        with clock.phase("data"):
+            tensors = _to(loader.tensors(rows, run.tokenizer.pad_token_id or 0), engine.device)
+        with clock.phase("forward"):
+            losses = compute_losses(engine, tensors, counts, recipe.router, loader.alignments, member_AE, parts)
+            metrics.add(losses.sums)
+        with clock.phase("backward"):
+            engine.backward(losses.total)  # LM + router
+        with clock.phase("step"):
+            if anchor and anchor.active and engine.is_gradient_accumulation_boundary():
+                metrics.add({"drift": anchor.local_sum()})
+                anchor.add_gradient()  # on this rank's shard
+            engine.step()
+
+
+def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path) -> tuple[Metrics, Flops]:
+    """Where the figures go, and what a token costs. `run.json` says what they are measured by."""
+    experts = run.expert_map.names() if run.expert_map else []
+    flops = training_flops(run.config, recipe.trainable)
+    peak = peak_of(run.engine.device, next(run.engine.module.parameters()).dtype, recipe.tracking.peak_tflops)
+    metrics = Metrics(run_folder / "metrics.jsonl", loader.alignments, run.engine.device, experts, peak.flops)
+    if run.rank == 0:
+        facts = {
+            "ranks": run.world_size,
+            "peak_flops": peak.flops,
+            "peak_source": peak.source,
+            "active_parameters": active_parameters(run.config),
+            "flops_per_token": flops.per_token,
+            "flops_per_attended_pair": flops.per_pair,
+        }
+        write_json(run_folder / "run.json", facts)
+        notes = f"MFU is of {peak} x {run.world_size} ranks"
+        logger.info(notes)
+        metrics.trackers += [
+            *open_trackers(recipe, run_folder),
+            Guarded("view", lambda: open_view(recipe, loader.alignments, experts, [notes])),
+        ]
+    return metrics, flops
 
 
 def make_anchor(recipe: TrainRecipe, run: Run) -> DriftAnchor | None:
@@ -173,7 +217,11 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return Batch(**{name: tensor.to(device) for name, tensor in vars(batch).items()})
 
 
-def _note(line: dict[str, Any]) -> str:
-    parts = [f"{name} {line[name]:.3f}" for name in ("lm", "router", "drift") if name in line]
-    accuracy = [value for name, value in line.items() if name.startswith("router_accuracy/")]
-    return "  ".join(parts + ([f"right experts {min(accuracy):.0%}+"] if accuracy else []))
+def _extra(recipe: TrainRecipe, run: Run, loader: TypedLoader, batch: GlobalBatch, share: float) -> dict[str, Any]:
+    """What of a step's line is known without the ranks' sums."""
+    extra: dict[str, Any] = {"lr": recipe.optimizer.learning_rate * share}
+    norm = run.engine.get_global_grad_norm()  # before clipping; DeepSpeed knows none without ZeRO
+    if norm is not None:
+        extra["grad_norm"] = float(norm)
+    tokens_A = loader.tokens_by_alignment(batch).tolist()
+    return extra | {f"tokens/{alignment}": tokens for alignment, tokens in zip(loader.alignments, tokens_A, strict=True)}

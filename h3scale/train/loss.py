@@ -13,7 +13,8 @@ from torch import Tensor
 
 from h3scale.config.recipe import RouterLoss
 from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
-from h3scale.model.router import alignment_log_probs, router_loss_sum
+from h3scale.model.router import router_loss_sum
+from h3scale.train.routing import routing_sums
 
 ROLES_OF_VOTE = {"prompt": (PROMPT,), "response": (RESPONSE,), "both": (PROMPT, RESPONSE)}
 
@@ -63,7 +64,7 @@ def compute_losses(
         sums["router"] = router.detach()
         if recipe.loss_weight > 0:
             total = total + recipe.loss_weight * router / counts.votes
-        sums.update(_routing_sums(output.router_logits, labels_T, votes_T, member_AE, alignments))
+        sums.update(routing_sums(output.router_logits, labels_T, votes_T, member_AE, engine.module.config.num_experts_per_tok))
     return Losses(total * parts, sums)
 
 
@@ -74,18 +75,3 @@ def votes(batch: Batch, vote: str) -> Tensor:
     for role in ROLES_OF_VOTE[vote]:
         chosen_T |= roles_T == role
     return chosen_T & (roles_T != PADDING)
-
-
-@torch.no_grad()
-def _routing_sums(
-    router_logits: tuple[Tensor, ...], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, alignments: list[str]
-) -> dict[str, Tensor]:
-    """Right tokens and tokens, by alignment: a token is right when its log-probabilities summed over layers say so."""
-    log_probs_TA = torch.stack([alignment_log_probs(logits, member_AE) for logits in router_logits]).sum(0)
-    right_T = log_probs_TA.argmax(-1) == labels_T
-    sums = {}
-    for a, alignment in enumerate(alignments):
-        mine_T = (labels_T == a) & votes_T
-        sums[f"routed/{alignment}"] = right_T[mine_T].sum()
-        sums[f"votes/{alignment}"] = mine_T.sum()
-    return sums

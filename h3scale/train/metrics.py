@@ -1,59 +1,145 @@
-"""What a step did, as one JSON line: losses per target token, routing per alignment, experts' load, speed."""
+"""What a step did, as one line: losses per target token, routing per alignment, experts' load, speed, time, memory."""
 
-import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from h3scale.errors import DivergedError
+from h3scale.log import logger
+from h3scale.train.timing import ALL_TO_ALL, PHASES, StepClock
+from h3scale.train.trackers import JsonLines, Tracker
+
+# The losses of a line, in order, and the count of the global batch that the sum is divided by; None: it is divided already.
+LOSSES = {"lm": "targets", "router": "votes", "drift": None}
+GIB = 2**30
+OWN = (*PHASES, ALL_TO_ALL, "memory_gib")  # figures of one rank each, which are not added up
 
 
 class Metrics:
-    """Adds up sums of micro-batches, then of ranks, and writes `metrics.jsonl` on rank 0.
+    """Adds up sums of micro-batches, then of ranks, and hands the line to `metrics.jsonl` and the trackers of rank 0.
 
-    Every figure of a line is of the whole global batch: `lm` and `lm/ALIGNMENT` nats per (weighted) target token, `router` nats per
-    voting token and layer, `router_accuracy/ALIGNMENT` share of its voting tokens, `drift` as defined in train.anchor.
+    Every figure of a line is of the whole global batch: `lm` and `lm/ALIGNMENT` nats per (weighted) target token, `router` and
+    `router/ALIGNMENT` nats per voting token and layer, `router_accuracy/ALIGNMENT` share of its voting tokens, `drift` as
+    defined in train.anchor, `tokens_per_expert/EXPERT` choices of prompt and response tokens over all layers. `seconds/PHASE`
+    and `memory_gib` are those of the rank that has most. docs/metrics.md has them all.
     """
 
-    def __init__(self, path: Path, alignments: list[str], device: torch.device):
-        self.path, self.alignments, self.device = path, alignments, device
+    def __init__(
+        self,
+        path: Path,
+        alignments: list[str],
+        device: torch.device,
+        experts: Sequence[str] = (),
+        peak_flops: float | None = None,
+    ):
+        self.alignments, self.device, self.experts = alignments, device, list(experts)
+        self.peak_flops = peak_flops  # of one rank's device
+        self.trackers: list[Tracker] = [JsonLines(path)] if dist.get_rank() == 0 else []
         self.sums: dict[str, Tensor] = {}
+        self.clock = StepClock(device)
+        self.began = time.monotonic()
+
+    def start(self) -> None:
+        """Time counts from here."""
         self.began = time.monotonic()
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """Adds the sums of one micro-batch (or any further number of this step)."""
+        """Adds the sums of one micro-batch, tensors of any shape; they stay on their device."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+            value = value.detach().to(self.device, torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def close_step(self, step: int, targets: float, votes: int, tokens: int, extra: dict[str, Any]) -> dict[str, Any]:
-        """Reduces over the ranks (every rank calls this) and writes the line; gives it. DivergedError (76) on NaN."""
-        names = sorted(self.sums)
-        totals = torch.stack([self.sums[name] for name in names]).to(self.device)
-        dist.all_reduce(totals)
-        sums = dict(zip(names, totals.tolist(), strict=True))
-        self.sums = {}
+    def close_step(
+        self, step: int, targets: float, votes: int, tokens: int, extra: dict[str, Any], flops: int = 0
+    ) -> dict[str, Any]:
+        """Reduces over the ranks (every rank calls this), tells the trackers, gives the line. DivergedError (76) on NaN.
+
+        `tokens`: prompt and response tokens of the global batch. `flops`: what its model needs (model.flops), 0 if unknown.
+        """
+        sums, own = self._reduce()
         now = time.monotonic()
-        line: dict[str, Any] = {"step": step, "lm": sums["lm"] / targets}
-        for alignment in self.alignments:
-            if sums.get(f"targets/{alignment}"):
-                line[f"lm/{alignment}"] = sums[f"lm/{alignment}"] / sums[f"targets/{alignment}"]
-            if sums.get(f"votes/{alignment}"):
-                line[f"router_accuracy/{alignment}"] = sums[f"routed/{alignment}"] / sums[f"votes/{alignment}"]
-        if "router" in sums:
-            line["router"] = sums["router"] / votes
-        if "drift" in sums:
-            line["drift"] = sums["drift"]
-        line.update(extra, targets=targets, tokens=tokens, tokens_per_s=round(tokens / (now - self.began), 1))
+        seconds = now - self.began
         self.began = now
-        broken = [name for name in ("lm", "router", "drift") if not math.isfinite(line.get(name, 0))]
+        counts = {"targets": targets, "votes": votes, None: 1}
+        line: dict[str, Any] = {"step": step}
+        line |= {name: sums[name].item() / counts[per] for name, per in LOSSES.items() if name in sums}
+        line |= self._by_alignment(sums)
+        if self.experts and "tokens_per_expert_LE" in sums:
+            line |= expert_load(sums["tokens_per_expert_LE"], self.experts)
+        line |= extra | {"targets": targets, "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1), "seconds": seconds}
+        if flops and self.peak_flops:
+            line["mfu"] = flops / (seconds * dist.get_world_size() * self.peak_flops)
+        line |= own
+        self._check(step, line)
+        for tracker in self.trackers:
+            tracker.write(step, line)
+        return line
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _reduce(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Sums over the ranks, and the greatest of each rank's own figures; one all-reduce for both.
+
+        Each rank writes its own figures into a row of its own and zeros into the others', so that adding gathers them.
+        """
+        seconds = self.clock.close()
+        own = torch.zeros(dist.get_world_size(), len(OWN), dtype=torch.float64)
+        memory = memory_bytes(self.device) / GIB
+        own[dist.get_rank()] = torch.tensor([*(seconds.get(name, 0.0) for name in OWN[:-1]), memory])
+        parts = {name: self.sums[name] for name in sorted(self.sums)} | {"own": own.to(self.device)}
+        flat = torch.cat([part.flatten() for part in parts.values()])
+        dist.all_reduce(flat)
+        pieces = flat.cpu().split([part.numel() for part in parts.values()])
+        sums = {name: piece.view(part.shape) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+        self.sums = {}
+        greatest = dict(zip(OWN, sums.pop("own").amax(0).tolist(), strict=True))
+        times = {f"seconds/{name}": round(greatest[name], 5) for name in OWN[:-1] if name in PHASES or greatest[name]}
+        return sums, {**times, "memory_gib": round(greatest["memory_gib"], 3)}
+
+    def _by_alignment(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        line = {}
+        for a, alignment in enumerate(self.alignments):
+            if sums.get(f"targets/{alignment}"):
+                line[f"lm/{alignment}"] = (sums[f"lm/{alignment}"] / sums[f"targets/{alignment}"]).item()
+            if "votes_A" in sums and sums["votes_A"][a]:
+                line[f"router/{alignment}"] = (sums["router_A"][a] / sums["votes_A"][a]).item()
+                line[f"router_accuracy/{alignment}"] = (sums["routed_A"][a] / sums["votes_A"][a]).item()
+        return line
+
+    def _check(self, step: int, line: dict[str, Any]) -> None:
+        broken = [name for name in LOSSES if not math.isfinite(line.get(name, 0))]
         if broken:
             raise DivergedError([f"step {step}: {name} is {line[name]} (try a lower optimizer.learning_rate)" for name in broken])
-        if dist.get_rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        return line
+        for name in [name for name, value in line.items() if not math.isfinite(value)]:
+            logger.warning("step %d: %s is %s", step, name, line.pop(name))
+
+
+def expert_load(counts_LE: Tensor, experts: Sequence[str]) -> dict[str, float]:
+    """Tokens of each expert over all layers, and the busiest expert's share of a layer's mean load.
+
+    1 is even, the number of experts the worst there is; `load_max_over_mean` is the mean over layers, `..._worst_layer` the worst.
+    """
+    ratio_L = counts_LE.amax(-1) / counts_LE.mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    totals = counts_LE.sum(0).to(torch.int64).tolist()
+    return {
+        **{f"tokens_per_expert/{name}": total for name, total in zip(experts, totals, strict=True)},
+        "load_max_over_mean": ratio_L.mean().item(),
+        "load_max_over_mean_worst_layer": ratio_L.max().item(),
+    }
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that tensors have taken on a GPU so far; on a CPU what the process holds now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)

@@ -24,7 +24,7 @@ PROBE_TOKENS = 64
 
 
 def save_folder(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, force: bool) -> Path:
-    """Writes a model that is not sharded (ZeRO-0 to 2) as a Hugging Face folder, with the run's metrics.jsonl.
+    """Writes a model that is not sharded (ZeRO-0 to 2) as a Hugging Face folder, with the run's own files (figures, logs) in it.
 
     Values are the optimizer's fp32 master weights, one parameter at a time in memory; rank 0 writes, every rank calls this:
     the masters are spread over the ranks, and so are the experts.
@@ -39,7 +39,8 @@ def save_folder(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, forc
         with new_folder(out, force) as folder:
             write_model(folder, config, specs, lambda name: gather.tensor(*origins[name]), what="save")
             _save_extras(run, recipe, folder)
-            (run_folder / "metrics.jsonl").rename(folder / "metrics.jsonl")
+            for path in list(run_folder.iterdir()):
+                path.rename(folder / path.name)
             run_folder.rmdir()
     else:
         for spec in specs:

@@ -1,0 +1,131 @@
+"""Where a step's line goes: metrics.jsonl always, the trackers that the recipe asks for, never at the run's cost."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from h3scale.config.recipe import TrainRecipe
+from h3scale.errors import StorageError
+from h3scale.log import logger
+
+Line = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes the figures of each step."""
+
+    def write(self, step: int, line: Line) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, on disk when `write` returns. StorageError (74): a run whose disk is full is to stop."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, step: int, line: Line) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """Event files in a folder, for `tensorboard --logdir`."""
+
+    def __init__(self, folder: Path, recipe: TrainRecipe):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), flush_secs=10)
+        self.writer.add_text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```")
+
+    def write(self, step: int, line: Line) -> None:
+        for name, value in _figures(line).items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases; what is not set here comes from WANDB_* variables."""
+
+    def __init__(self, project: str, folder: Path, recipe: TrainRecipe):
+        import wandb
+
+        # the recipe says all that is meant to be sent: no code, no state of a git work tree
+        settings = wandb.Settings(disable_git=True, disable_code=True)
+        name = Path(recipe.out).name
+        config = recipe.model_dump(mode="json")
+        self.run = wandb.init(project=project, name=name, config=config, dir=str(folder), settings=settings)
+
+    def write(self, step: int, line: Line) -> None:
+        self.run.log(_figures(line), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """trackio: local unless TRACKIO_SPACE_ID says otherwise."""
+
+    def __init__(self, project: str, recipe: TrainRecipe):
+        import trackio
+
+        self.trackio = trackio
+        trackio.init(project=project, name=Path(recipe.out).name, config=recipe.model_dump(mode="json"))
+
+    def write(self, step: int, line: Line) -> None:
+        self.trackio.log(_figures(line), step=step)
+
+    def close(self) -> None:
+        self.trackio.finish()
+
+
+class Guarded:
+    """A tracker that cannot stop the run: what it raises, at making, writing or closing, is one warning, and it is off."""
+
+    def __init__(self, name: str, make: Callable[[], Tracker]):
+        self.name = name
+        self.tracker: Tracker | None = None
+        self._try(lambda: setattr(self, "tracker", make()))
+
+    def write(self, step: int, line: Line) -> None:
+        if self.tracker:
+            self._try(lambda: self.tracker.write(step, line))  # type: ignore[union-attr]
+
+    def close(self) -> None:
+        if self.tracker:
+            self._try(lambda: self.tracker.close())  # type: ignore[union-attr]
+        self.tracker = None
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self.tracker = None
+            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            logger.warning("%s is off from now on: %s (training goes on; metrics.jsonl has everything)", self.name, reason[0])
+
+
+def open_trackers(recipe: TrainRecipe, folder: Path) -> list[Tracker]:
+    """The trackers that the recipe asks for, writing into `folder` if they write files. For one rank only."""
+    asked = recipe.tracking
+    makers: dict[str, Callable[[], Tracker] | None] = {
+        "tensorboard": (lambda: TensorBoard(folder / "tensorboard", recipe)) if asked.tensorboard else None,
+        "wandb": (lambda: Wandb(str(asked.wandb), folder, recipe)) if asked.wandb else None,
+        "trackio": (lambda: Trackio(str(asked.trackio), recipe)) if asked.trackio else None,
+    }
+    return [Guarded(name, make) for name, make in makers.items() if make]
+
+
+def _figures(line: Line) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name != "step" and math.isfinite(value)}

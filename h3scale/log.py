@@ -104,16 +104,17 @@ def libraries_to_file() -> Iterator[LogFile]:
     aside = LogFile(sys.stderr)
     to_file = logging.StreamHandler(aside)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    to_terminal = TerminalHandler(logging.ERROR)
-    errors_of = [logging.getLogger(), *(logging.getLogger(name) for name in LIBRARIES)]
-    files_of = [logging.getLogger(), *([] if logger.propagate else [logger])]
+    handlers: list[tuple[logging.Logger, logging.Handler]] = [
+        (logging.getLogger(), to_file),
+        (logging.getLogger(), TerminalHandler(logging.ERROR)),
+    ]
+    handlers += [(logging.getLogger(name), _errors_kept_from_root(name)) for name in LIBRARIES]
+    handlers += [] if logger.propagate else [(logger, to_file)]
     _stderr = sys.stderr
     sys.stdout, sys.stderr = aside, aside
     _point_handlers({outer[0], outer[1]}, aside)
-    for each in errors_of:
-        each.addHandler(to_terminal)
-    for each in files_of:
-        each.addHandler(to_file)
+    for each, handler in handlers:
+        each.addHandler(handler)
     logging.captureWarnings(True)
     try:
         yield aside
@@ -122,12 +123,17 @@ def libraries_to_file() -> Iterator[LogFile]:
         raise
     finally:
         logging.captureWarnings(False)
-        for each in {*errors_of, *files_of}:
-            each.removeHandler(to_terminal)
-            each.removeHandler(to_file)
+        for each, handler in handlers:
+            each.removeHandler(handler)
         sys.stdout, sys.stderr, _stderr = outer
         _point_handlers({aside}, outer[1])
         aside.file.close()
+
+
+def _errors_kept_from_root(library: str) -> logging.Handler:
+    handler = TerminalHandler(logging.ERROR)
+    handler.addFilter(lambda record: not logging.getLogger(library).propagate)
+    return handler
 
 
 def _point_handlers(streams: set[object], to: object) -> None:

@@ -22,6 +22,7 @@ from h3scale.train.trackers import Line, Tracker
 
 WIDEST = 112  # columns; wider lines are hard to follow
 TWO_COLUMNS = 84  # from here on tables stand side by side
+GAP = 4  # between them
 HISTORY = 2000  # steps that a curve shows at most
 RECENT = 30  # steps that the speed is taken from
 REFRESH_PER_S = 2
@@ -57,18 +58,14 @@ class View:
             yield Text("waiting for the first step", style="dim")
             return
         wide = width >= TWO_COLUMNS
-        column = (width - 4) // 2 if wide else width
-        parts = [
-            [self._losses(column), self._alignments(column)],
-            [self._experts(column), self._times(column)],
-        ]
-        for row in parts:
+        column = (width - GAP) // 2 if wide else width
+        for row in ([self._losses(column), self._alignments(column)], [self._experts(column), self._times(column)]):
             shown = [part for part in row if part is not None]
-            yield Text()
-            if wide and len(shown) == 2:
+            if wide:
+                yield Text()
                 yield _side_by_side(shown, column)
             else:
-                yield Group(*(item for part in shown for item in (part, Text()))) if len(shown) == 2 else shown[0]
+                yield from (item for part in shown for item in (Text(), part))
 
     def _head(self, width: int) -> Iterable[RenderableType]:
         step = self.line.get("step", 0)
@@ -86,9 +83,9 @@ class View:
         facts += [f"lr {self.line['lr']:.2e}"] if "lr" in self.line else []
         facts += [f"gradient {self.line['grad_norm']:.3g}"] if "grad_norm" in self.line else []
         if facts:
-            yield Text(" · ".join(facts))
+            yield Text("   ".join(facts))
         for note in self.notes:
-            yield Text(note, style="dim", overflow="ellipsis", no_wrap=True)
+            yield Text(note, style="dim", overflow="crop", no_wrap=True)
 
     def _losses(self, width: int) -> RenderableType:
         table = _table("loss", "now", "so far")
@@ -207,6 +204,8 @@ def open_view(recipe: TrainRecipe, alignments: Sequence[str], experts: Sequence[
     console = Console(file=log.terminal(), highlight=False)
     if recipe.tracking.live and console.is_terminal and not console.is_dumb_terminal:
         return LiveView(View(f"h3scale train {Path(recipe.out)}", recipe.steps, alignments, experts, notes), console)
+    for note in notes:
+        log.logger.info(note)
     return PlainLines(recipe.steps)
 
 
@@ -246,12 +245,12 @@ def _table(*headings: str) -> Table:
     for i, heading in enumerate(headings):
         last = i == len(headings) - 1
         numbers = i > 0 and not (last and len(headings) > 2)
-        table.add_column(heading, justify="right" if numbers else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=True, overflow="crop")
     return table
 
 
 def _side_by_side(parts: Sequence[Any], column: int) -> Table:
-    grid = Table.grid(padding=(0, 4, 0, 0))
+    grid = Table.grid(padding=(0, GAP, 0, 0))
     for _ in parts:
         grid.add_column(width=column)
     grid.add_row(*parts)
@@ -260,5 +259,5 @@ def _side_by_side(parts: Sequence[Any], column: int) -> Table:
 
 def _ends(left: Text, right: Text, width: int) -> Text:
     """One line with a text at either end; the left one gives way."""
-    left.truncate(max(width - len(right) - 1, 0), overflow="ellipsis")
+    left.truncate(max(width - len(right) - 1, 0), overflow="crop")
     return left.append(" " * max(width - len(left) - len(right), 1)).append_text(right)

@@ -72,7 +72,8 @@ def steps_of_run(
     metrics.start()
     with timed_all_to_all(metrics.clock):
         for step in range(recipe.steps):
-            batch = loader.batch(step)
+            with metrics.clock.phase("data"):
+                batch = loader.batch(step)
             share = learning_rate_share(step, recipe.steps, recipe.optimizer)
             set_learning_rate(run.engine, share)
             counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
@@ -126,11 +127,10 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
             "flops_per_attended_pair": flops.per_pair,
         }
         write_json(run_folder / "run.json", facts)
-        notes = f"MFU is of {peak} x {run.world_size} ranks"
-        logger.info(notes)
+        notes = [f"MFU is of {peak} x {run.world_size} ranks"]
         metrics.trackers += [
             *open_trackers(recipe, run_folder),
-            Guarded("view", lambda: open_view(recipe, loader.alignments, experts, [notes])),
+            Guarded("view", lambda: open_view(recipe, loader.alignments, experts, notes)),
         ]
     return metrics, flops
 

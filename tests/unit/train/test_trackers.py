@@ -1,0 +1,140 @@
+"""Trackers get every step's figures and can never stop a run; metrics.jsonl stops it when the disk does."""
+
+import json
+import logging
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from h3scale.config.base import load_recipe
+from h3scale.config.recipe import TrainRecipe
+from h3scale.errors import StorageError
+from h3scale.train.trackers import Guarded, JsonLines, open_trackers
+
+LINE = {"step": 3, "lm": 1.5, "lm/helpful": 1.25, "tokens": 64}
+
+
+@pytest.fixture
+def recipe() -> Any:
+    def make(*overrides: str) -> TrainRecipe:
+        return load_recipe(TrainRecipe, "recipes/demo/train.yaml", list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("h3scale"), "propagate", True)
+    return caplog
+
+
+class Failing:
+    """Raises where it is told to, and remembers what it got before."""
+
+    def __init__(self, at: str):
+        self.at = at
+        self.seen: list[str] = []
+        self._maybe("create")
+
+    def _maybe(self, where: str) -> None:
+        if where == self.at:
+            raise OSError("no route to host\nsecond line")
+        self.seen.append(where)
+
+    def write(self, step: int, line: dict[str, Any]) -> None:
+        self._maybe("write")
+
+    def close(self) -> None:
+        self._maybe("close")
+
+
+@pytest.mark.parametrize("at", ["create", "write", "close"])
+def test_a_tracker_that_raises_is_one_warning_and_off_from_then_on(at: str, warnings: pytest.LogCaptureFixture) -> None:
+    made: list[Failing] = []
+
+    def make() -> Failing:
+        made.append(Failing(at))
+        return made[0]
+
+    tracker = Guarded("wandb", make)
+    for step in range(3):
+        tracker.write(step, LINE)
+    tracker.close()
+    tracker.write(9, LINE)
+    tracker.close()
+    assert [record.message for record in warnings.records] == [
+        "wandb is off from now on: no route to host (training goes on; metrics.jsonl has everything)"
+    ]
+    assert [each.seen for each in made] == {"create": [], "write": [["create"]], "close": [["create", *["write"] * 3]]}[at]
+
+
+def test_a_tracker_that_is_not_installed_is_one_warning(
+    recipe: Any, tmp_path: Path, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    trackers = open_trackers(recipe("tracking={tensorboard: false, wandb: h3}"), tmp_path)
+    for tracker in trackers:
+        tracker.write(1, LINE)
+    assert len(trackers) == len(warnings.records) == 1
+    assert "wandb" in warnings.text
+
+
+def test_tensorboard_files_hold_the_figures(recipe: Any, tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    (tracker,) = open_trackers(recipe(), tmp_path)
+    tracker.write(3, LINE)
+    tracker.write(4, {**LINE, "step": 4, "lm": 0.5})
+    tracker.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, place, found = file.read_bytes(), 0, {}
+    while place < len(content):  # length, its checksum, event, its checksum
+        (length,) = struct.unpack_from("<Q", content, place)
+        event = Event.FromString(content[place + 12 : place + 12 + length])
+        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value if value.HasField("simple_value")}
+        place += 12 + length + 4
+    figures = {name: value for name, value in LINE.items() if name != "step"}
+    assert found == {(3, name): value for name, value in figures.items()} | {
+        (4, name): value for name, value in {**figures, "lm": 0.5}.items()
+    }
+
+
+def test_wandb_and_trackio_get_project_recipe_and_figures(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    def note(name: str) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args or kwargs))
+            return SimpleNamespace(log=note(f"{name}.log"), finish=note(f"{name}.finish"))
+
+        return called
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=note("wandb"), Settings=dict))
+    fake = SimpleNamespace(init=note("trackio"), log=note("trackio.log"), finish=note("trackio.finish"))
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "secret-key")
+    trackers = open_trackers(recipe("tracking={tensorboard: false, wandb: one, trackio: two}"), tmp_path)
+    for tracker in trackers:
+        tracker.write(3, LINE)
+        tracker.close()
+    figures = {name: value for name, value in LINE.items() if name != "step"}
+    assert [name for name, _ in calls] == [
+        "wandb", "trackio", "wandb.log", "wandb.finish", "trackio.log", "trackio.finish",
+    ]  # fmt: skip
+    assert [given["project"] for name, given in calls if name in ("wandb", "trackio")] == ["one", "two"]
+    assert all(given["config"]["steps"] == recipe().steps for name, given in calls if name in ("wandb", "trackio"))
+    assert [given[0] for name, given in calls if name.endswith(".log")] == [figures, figures]
+    assert "secret-key" not in repr(calls)
+
+
+def test_metrics_jsonl_has_one_line_a_step_and_a_disk_error_is_for_the_run(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.write(1, LINE)
+    lines.write(2, LINE)
+    assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [LINE, LINE]
+    with pytest.raises(StorageError, match=f"{tmp_path}: "):
+        JsonLines(tmp_path).write(1, LINE)

@@ -124,7 +124,7 @@ class View:
             )
             table.add_row(self._name(name), log.short(tokens), drawn)
         even, worst = self.line["load_max_over_mean"], self.line["load_max_over_mean_worst_layer"]
-        return Group(table, Text(f"busiest over mean: {even:.2f}, worst layer {worst:.2f} (1 is even)", style="dim"))
+        return Group(table, Text(f"busiest over mean {even:.2f}, worst layer {worst:.2f}", style="dim"))
 
     def _times(self, width: int) -> RenderableType | None:
         spent = {name: self.line.get(f"seconds/{name}", 0.0) for name in (*PHASES, ALL_TO_ALL)}

@@ -127,7 +127,7 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
             "flops_per_attended_pair": flops.per_pair,
         }
         write_json(run_folder / "run.json", facts)
-        notes = [f"MFU is of {peak} x {run.world_size} ranks"]
+        notes = [f"MFU is of {peak}, ranks: {run.world_size}"]
         metrics.trackers += [
             *open_trackers(recipe, run_folder),
             Guarded("view", lambda: open_view(recipe, loader.alignments, experts, notes)),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from h3scale.errors import StorageError
 from h3scale.log import logger
 
 Line = dict[str, Any]
+FLUSH_S = 30
 
 
 class Tracker(Protocol):
@@ -39,20 +41,38 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in a folder, for `tensorboard --logdir`."""
+    """Event files in a folder, for `tensorboard --logdir`; on disk at the latest after `FLUSH_S`.
+
+    tensorboardX's SummaryWriter hands events to a thread; when that dies (disk full) the queue before it fills up, and the
+    training would wait for ever. So events are written here and now, one a step: an error comes back to the caller.
+    """
 
     def __init__(self, folder: Path, recipe: TrainRecipe):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.summary import text
 
-        self.writer = SummaryWriter(str(folder), flush_secs=10)
-        self.writer.add_text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = EventsWriter(str(folder / "events"))
+        self.flushed = 0.0
+        self._write(0, text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```"))
 
     def write(self, step: int, line: Line) -> None:
-        for name, value in _figures(line).items():
-            self.writer.add_scalar(name, value, step)
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in _figures(line).items()]
+        self._write(step, Summary(value=values))
 
     def close(self) -> None:
         self.writer.close()
+
+    def _write(self, step: int, summary: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        now = time.time()
+        self.writer.write_event(Event(wall_time=now, step=step, summary=summary))
+        if now - self.flushed > FLUSH_S:
+            self.writer.flush()
+            self.flushed = now
 
 
 class Wandb:

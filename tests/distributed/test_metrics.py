@@ -106,5 +106,5 @@ def test_the_runs_own_files_are_kept_and_the_terminal_has_our_words_only(
     said = [line.removeprefix("[rank 0] ") for line in done.stderr.splitlines()]
     kept = [line.split(" INFO h3scale: ")[1] for line in log.splitlines() if " INFO h3scale: " in line]
     assert said == kept
-    assert "MFU is of 500 GFLOP/s (tracking.peak_tflops) x 2 ranks" in kept
+    assert "MFU is of 500 GFLOP/s (tracking.peak_tflops), ranks: 2" in kept
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["result", "next"]

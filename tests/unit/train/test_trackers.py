@@ -103,6 +103,24 @@ def test_tensorboard_files_hold_the_figures(recipe: Any, tmp_path: Path) -> None
     }
 
 
+def test_a_disk_that_is_full_switches_tensorboard_off_at_once(
+    recipe: Any, tmp_path: Path, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("h3scale.train.trackers.FLUSH_S", -1)  # every event goes to the disk
+    (tracker,) = open_trackers(recipe(), tmp_path)
+    assert isinstance(tracker, Guarded)
+    tracker.write(1, LINE)
+    assert not warnings.records
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        tracker.tracker.writer._py_recordio_writer._writer = full  # type: ignore[union-attr]
+        for step in range(2, 50):
+            tracker.write(step, LINE)
+        tracker.close()
+    assert [record.message.split(" (")[0] for record in warnings.records] == [
+        "tensorboard is off from now on: [Errno 28] No space left on device"
+    ]
+
+
 def test_wandb_and_trackio_get_project_recipe_and_figures(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, Any]] = []
 

@@ -48,8 +48,11 @@ def active_parameters(config: Any) -> int:
     return int(config.num_hidden_layers * _layer(config).active + _head(config))
 
 
-def training_flops(config: Any, trainable: Iterable[str]) -> Flops:
+def training_flops(config: Any, trainable: Iterable[str], lora_targets: Iterable[str] = ()) -> Flops:
     """Forward and backward, when the groups of parameters in `trainable` (see model.trainable) are trained.
+
+    Groups in `lora_targets` are tuned by updates: gradients flow to them, their matrices need none, and the updates'
+    own products (rank / hidden_size of the matrices') are left out.
 
     A product costs as much again for the gradient of its weights, if they are trained, and for that of its input, if
     something trained lies before it. With everything trained that is the usual 6 operations a parameter.
@@ -58,10 +61,11 @@ def training_flops(config: Any, trainable: Iterable[str]) -> Flops:
     everything = "all" in groups
     trained = {g: everything or g in groups for g in ("attention", "norms", "router", "embeddings")}
     trained["ffn"] = everything or bool(groups & {"ffn", "experts"})
+    tuned = trained | dict.fromkeys(lora_targets, True)
     layer = _layer(config)
-    first = _layer_flops(layer, trained, flows=trained["embeddings"])
-    flows = any(trained.values())
-    later = _layer_flops(layer, trained, flows=flows)
+    first = _layer_flops(layer, trained, tuned, flows=trained["embeddings"])
+    flows = any(tuned.values())
+    later = _layer_flops(layer, trained, tuned, flows=flows)
     head = _cost(_head(config), trained["embeddings"], flows)
     rest = config.num_hidden_layers - 1
     return Flops(first.per_token + rest * later.per_token + head, first.per_pair + rest * later.per_pair)
@@ -102,17 +106,17 @@ def _head(config: Any) -> int:
     return int(config.hidden_size * config.vocab_size)
 
 
-def _layer_flops(layer: _Layer, trained: dict[str, bool], flows: bool) -> Flops:
+def _layer_flops(layer: _Layer, trained: dict[str, bool], tuned: dict[str, bool], flows: bool) -> Flops:
     """`flows`: whether the layer's input needs a gradient."""
     flows = flows or trained["norms"]
     tokens = _cost(layer.qkv, trained["attention"], flows)
-    flows = flows or trained["attention"]
+    flows = flows or tuned["attention"]
     # queries by keys, then probabilities by values; in backward each has two inputs that need a gradient
     scores = MULTIPLY_ADD * (layer.scores + layer.scores) * (1 + 2 * flows)
     tokens += _cost(layer.out, trained["attention"], flows)
     tokens += _cost(layer.router, trained["router"], flows)
     tokens += _cost(layer.up, trained["ffn"], flows)
-    tokens += _cost(layer.down, trained["ffn"], flows or trained["ffn"])
+    tokens += _cost(layer.down, trained["ffn"], flows or tuned["ffn"])
     return Flops(tokens, scores)
 
 

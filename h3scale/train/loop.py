@@ -114,7 +114,7 @@ def one_step(
 def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path) -> tuple[Metrics, Flops]:
     """Where the figures go, and what a token costs. `run.json` says what they are measured by."""
     experts = run.expert_map.names() if run.expert_map else []
-    flops = training_flops(run.config, recipe.trainable)
+    flops = training_flops(run.config, recipe.trainable, recipe.lora.targets if recipe.lora else ())
     peak = peak_of(run.engine.device, next(run.engine.module.parameters()).dtype, recipe.tracking.peak_tflops)
     metrics = Metrics(run_folder / "metrics.jsonl", loader.alignments, run.engine.device, experts, peak.flops)
     if run.rank == 0:

@@ -6,7 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from h3scale.config.recipe import Lora
 from h3scale.model.flops import active_parameters, attended_pairs, training_flops
+from h3scale.model.lora import add_lora
 from h3scale.model.trainable import freeze
 from tests.tiny import tiny_config
 
@@ -32,7 +34,7 @@ def wide_heads() -> Qwen3ForCausalLM:
 
 
 def counted(model: torch.nn.Module, rows: int, length: int) -> int:
-    """Matrix products of one forward and backward, those of the rotary angles left out. Eager: all pairs are computed."""
+    """Matrix products of one forward and backward, without those of the rotary angles. Eager: all pairs."""
     model.set_attn_implementation("eager")  # type: ignore[operator]
     model.set_experts_implementation("eager")  # type: ignore[operator]
     with FlopCounterMode(display=False) as counter:
@@ -87,3 +89,17 @@ def test_attended_pairs_are_the_ones_in_the_mask(window: int | None) -> None:
         query, key = torch.arange(n)[:, None], torch.arange(n)[None]
         pairs += int(((key <= query) & (query - key < (window or n))).sum())
     assert attended_pairs(lengths, window) == pairs
+
+
+@pytest.mark.parametrize("targets", [["attention"], ["ffn"], ["attention", "ffn"]])
+def test_flops_of_low_rank_updates_are_those_of_the_frozen_model_with_gradients_that_reach_them(targets: list[str]) -> None:
+    rows, length = 2, 24
+    by_rank = []
+    for rank in (1, 2):
+        model = dense()
+        add_lora(model, Lora(rank=rank, targets=targets))
+        freeze(model, [])
+        by_rank.append(counted(model, rows, length))
+    without_updates = 2 * by_rank[0] - by_rank[1]  # theirs are proportional to the rank
+    flops = training_flops(model.config, [], targets)
+    assert flops.of(rows * length, rows * length * length) == without_updates

@@ -76,6 +76,12 @@ class RouterLoss(Strict):
     """
 
     loss_weight: NotNegative = 0.1
+    # Of logsumexp(logits)^2, which keeps logits small enough for bf16 (ST-MoE takes 1e-3). 0: the router loss alone does not
+    # let them grow in short runs; `router_z` in the metrics says whether they do.
+    z_weight: NotNegative = 0.0
+    # Of even load among the experts of one alignment (Switch takes 1e-2). 0, and refused, where an alignment has one expert:
+    # load between alignments is given by the data and the router loss.
+    balance_weight: NotNegative = 0.0
     vote: Literal["prompt", "response", "both"] = "both"
 
 
@@ -83,8 +89,12 @@ class Drift(Strict):
     """Holds experts near where they started: gamma times the squared relative distance, averaged over the layers.
 
     `gamma` for all experts, `gammas` for some by alignment (`general` for the general experts).
+    `kind`: `weights` is the distance of an expert's matrices, which costs next to nothing. `activations` is the distance of its
+    outputs on the tokens it is given: what cannot be seen in them is free. It costs about two more forwards of the experts and
+    two thirds of a backward, so `weights` is the default.
     """
 
+    kind: Literal["weights", "activations"] = "weights"
     gamma: NotNegative = 0.0
     gammas: dict[str, NotNegative] = Field(default_factory=dict)
 
@@ -124,6 +134,8 @@ class TrainRecipe(Strict):
     router: RouterLoss = RouterLoss()
     drift: Drift = Drift()
     tracking: Tracking = Tracking()
+    # Keeps a block's input alone and computes the rest again in backward: a third more time for much less memory.
+    activation_checkpointing: bool = False
     deepspeed: str
     # Ranks that share one set of experts; best: the largest that divides the experts and the ranks of a node.
     ep_size: Positive | Literal["best"] = 1

@@ -49,6 +49,55 @@ def router_loss_sum(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: 
     return total / len(router_logits)
 
 
+def z_loss_sum(router_logits: Sequence[Tensor], votes_T: Tensor) -> Tensor:
+    """Sum over the voting tokens, mean over the layers, of logsumexp(router logits)^2, a scalar (ST-MoE, equation 5).
+
+    Keeps logits small, where low precision is finer. All experts enter, the general ones as well. Padding does not
+    (it does in ST-MoE), and the caller divides by the votes of the whole global batch.
+    """
+    votes = votes_T.to(torch.float32)
+    total = router_logits[0].new_zeros((), dtype=torch.float32)
+    for logits_TE in router_logits:
+        total = total + (logits_TE.float().logsumexp(-1).square() * votes).sum()
+    return total / len(router_logits)
+
+
+def balance_loss_sum(
+    router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, shares_LE: Tensor
+) -> Tensor:
+    """Sum over the voting tokens, mean over the layers, of n * sum_e f_e p_e over the n experts of a token's own alignment.
+
+    p is the softmax over these experts; f, `shares_LE`, is how an earlier batch was shared out among them. 1 where that was
+    even; more for a token that prefers an expert that had more than its share.
+    Differs from the Switch loss (arXiv 2101.03961, equation 4): each alignment by itself, and f is not of the same batch. A
+    product of two means of one batch is not a sum over tokens: taken a micro-batch at a time, it would depend on how the batch
+    is split. With f fixed beforehand every split gives the same loss and gradient.
+    """
+    votes = votes_T.to(torch.float32)
+    sizes_T = member_AE.sum(-1)[labels_T.clamp_min(0)]
+    total = router_logits[0].new_zeros((), dtype=torch.float32)
+    for logits_TE, shares_E in zip(router_logits, shares_LE, strict=True):
+        probs_TE = _own_logits(logits_TE, labels_T, member_AE).softmax(-1)
+        total = total + (sizes_T * (probs_TE * shares_E).sum(-1) * votes).sum().float()
+    return total / len(router_logits)
+
+
+@torch.no_grad()
+def first_choices(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor) -> Tensor:
+    """How many voting tokens have each expert as the best of their own alignment's, (L, E) float64."""
+    counts = []
+    for logits_TE in router_logits:
+        best_T = _own_logits(logits_TE, labels_T, member_AE).argmax(-1)
+        counts.append(torch.bincount(best_T[votes_T], minlength=logits_TE.shape[-1]))
+    return torch.stack(counts).double()
+
+
+def _own_logits(logits_TE: Tensor, labels_T: Tensor, member_AE: Tensor) -> Tensor:
+    """The logits in fp32, those of experts of other alignments than the token's as low as can be."""
+    own_TE = member_AE[labels_T.clamp_min(0)]
+    return logits_TE.float().masked_fill(~own_TE, torch.finfo(torch.float32).min)
+
+
 def router_modules(model: nn.Module) -> list[nn.Module]:
     """The transformers router modules (they return logits, weights, expert ids) of an MoE model, in layer order."""
     layers: Any = model.get_submodule("model.layers")

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from h3scale.model.lora import add_lora
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
 from h3scale.model.trainable import freeze, group_of, whole_shape
 from h3scale.train.anchor import expert_gammas
+from h3scale.train.balance import check_balance
 from h3scale.train.load import empty_model, fill, freed_memory_returned
 
 
@@ -68,6 +69,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         raise ConfigError(f"{where}: deepspeed: {recipe.deepspeed} has ZeRO stage 0, and experts need sharding (works: 1, 2, 3)")
     if expert_map:
         expert_gammas(recipe.drift, expert_map)  # its findings before anything is started
+        check_balance(recipe.router, expert_map)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=recipe.collective_timeout_s)
@@ -78,6 +80,9 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         if recipe.lora:
             add_lora(model, recipe.lora)
         counts = freeze(model, recipe.trainable)
+        if recipe.activation_checkpointing:
+            # Reentrant checkpoints would record the router's logits without their graph: a router loss without gradient.
+            cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         engine, *_ = deepspeed.initialize(
             model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)
         )

@@ -18,10 +18,10 @@ from h3scale.errors import H3Error, MissingInputError, PeerLostError, UnsafeErro
 from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, active_parameters, attended_pairs, training_flops
 from h3scale.model.router import membership_AE
-from h3scale.train.anchor import DriftAnchor
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.live import open_view
 from h3scale.train.loss import Counts, compute_losses
+from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import Metrics
 from h3scale.train.peak import peak_of
 from h3scale.train.save import save_checkpoint, save_folder
@@ -52,10 +52,9 @@ def _train(recipe: TrainRecipe, where: str, out: Path, force: bool, log_file: Lo
         _fresh(run_folder)
     torch.distributed.barrier()
     log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
-    anchor = make_anchor(recipe, run)
     metrics, flops = make_metrics(recipe, run, loader, run_folder)
     try:
-        steps_of_run(recipe, run, loader, metrics, anchor, flops)
+        steps_of_run(recipe, run, loader, metrics, make_loss_memory(recipe, run), flops)
     finally:
         metrics.close()
     if run.zero_stage == 3:
@@ -63,9 +62,7 @@ def _train(recipe: TrainRecipe, where: str, out: Path, force: bool, log_file: Lo
     return save_folder(run, recipe, run_folder, out, force)
 
 
-def steps_of_run(
-    recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Metrics, anchor: DriftAnchor | None, flops: Flops
-) -> None:
+def steps_of_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, metrics: Metrics, memory: LossMemory, flops: Flops) -> None:
     """All optimizer steps of the recipe."""
     run.engine.train()
     window = getattr(run.config, "sliding_window", None)
@@ -77,7 +74,7 @@ def steps_of_run(
             share = learning_rate_share(step, recipe.steps, recipe.optimizer)
             set_learning_rate(run.engine, share)
             counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
-            one_step(recipe, run, loader, batch, counts, metrics, anchor)
+            one_step(recipe, run, loader, batch, counts, metrics, memory)
             tokens = loader.tokens_in(batch)
             needed = flops.of(tokens, attended_pairs(loader.kept[batch.records], window))
             metrics.close_step(step + 1, counts.targets, counts.votes, tokens, _extra(recipe, run, loader, batch, share), needed)
@@ -90,7 +87,7 @@ def one_step(
     batch: GlobalBatch,
     counts: Counts,
     metrics: Metrics,
-    anchor: DriftAnchor | None,
+    memory: LossMemory,
 ) -> None:
     """This rank's micro-batches of one global batch, and the optimizer step at the end of them."""
     engine, clock = run.engine, metrics.clock
@@ -100,14 +97,13 @@ def one_step(
         with clock.phase("data"):
             tensors = _to(loader.tensors(rows, run.tokenizer.pad_token_id or 0), engine.device)
         with clock.phase("forward"):
-            losses = compute_losses(engine, tensors, counts, recipe.router, loader.alignments, member_AE, parts)
+            losses = compute_losses(engine, tensors, counts, recipe.router, loader.alignments, member_AE, parts, memory.balance)
             metrics.add(losses.sums)
         with clock.phase("backward"):
-            engine.backward(losses.total)  # LM + router
+            engine.backward(memory.attach(losses.total))  # LM + router
         with clock.phase("step"):
-            if anchor and anchor.active and engine.is_gradient_accumulation_boundary():
-                metrics.add({"drift": anchor.local_sum()})
-                anchor.add_gradient()  # on this rank's shard
+            if engine.is_gradient_accumulation_boundary():
+                metrics.add(memory.close_step())  # + drift, on this rank's shard
             engine.step()
 
 
@@ -133,13 +129,6 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
             Guarded("view", lambda: open_view(recipe, loader.alignments, experts, notes)),
         ]
     return metrics, flops
-
-
-def make_anchor(recipe: TrainRecipe, run: Run) -> DriftAnchor | None:
-    """The drift anchor of a fused model; None for a dense one."""
-    if run.expert_map is None:
-        return None
-    return DriftAnchor(run.engine, recipe.drift, run.expert_map, run.moe_type, run.config.num_hidden_layers)
 
 
 def make_loader(recipe: TrainRecipe, run: Run) -> TypedLoader:

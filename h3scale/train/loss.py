@@ -4,6 +4,7 @@ The loader knows these counts, so there is no collective here, and 1 rank x 8 mi
 Shape suffixes: B rows, S tokens a row, T = B x S, L layers, E experts, A alignments, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from h3scale.config.recipe import RouterLoss
 from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
-from h3scale.model.router import router_loss_sum
+from h3scale.model.router import balance_loss_sum, router_loss_sum, z_loss_sum
+from h3scale.train.balance import Balance
 from h3scale.train.routing import routing_sums
 
 ROLES_OF_VOTE = {"prompt": (PROMPT,), "response": (RESPONSE,), "both": (PROMPT, RESPONSE)}
@@ -40,32 +42,63 @@ class Losses:
 
 
 def compute_losses(
-    engine: Any, batch: Batch, counts: Counts, recipe: RouterLoss, alignments: list[str], member_AE: Tensor | None, parts: int
+    engine: Any,
+    batch: Batch,
+    counts: Counts,
+    recipe: RouterLoss,
+    alignments: list[str],
+    member_AE: Tensor | None,
+    parts: int,
+    balance: Balance | None = None,
 ) -> Losses:
-    """LM and router loss of one micro-batch. `parts`: ranks x micro-batches of a step, which DeepSpeed averages over."""
+    """LM and router losses of one micro-batch. `parts`: ranks x micro-batches of a step, which DeepSpeed averages over."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if member_AE is not None:
         inputs["output_router_logits"] = True
     output = engine(**inputs)
-    logits_TV = output.logits.flatten(0, 1).float()
+    lm, sums = _lm(output.logits, batch, alignments)
+    total = lm / counts.targets
+    if member_AE is not None:
+        labels_T, votes_T = batch.alignment_ids.flatten(), votes(batch, recipe.vote)
+        for name, weight, term in _router_terms(output.router_logits, labels_T, votes_T, member_AE, recipe, balance):
+            sums[name] = term.detach()
+            if weight > 0:
+                total = total + weight * term / counts.votes
+        if balance:
+            balance.add(output.router_logits, labels_T, votes_T)
+        sums.update(routing_sums(output.router_logits, labels_T, votes_T, member_AE, engine.module.config.num_experts_per_tok))
+    return Losses(total * parts, sums)
+
+
+def _lm(logits: Tensor, batch: Batch, alignments: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the targets' negative log-likelihoods, and for the log the same by alignment."""
+    logits_TV = logits.flatten(0, 1).float()
     nll_T = F.cross_entropy(logits_TV, batch.targets.flatten(), ignore_index=IGNORE, reduction="none")
     weights_T = batch.target_weights.flatten()
     weighted_T = nll_T * weights_T
-    total = weighted_T.sum() / counts.targets
     sums = {"lm": weighted_T.detach().sum()}
     labels_T = batch.alignment_ids.flatten()
     for a, alignment in enumerate(alignments):
         mine_T = labels_T == a
         sums[f"lm/{alignment}"] = weighted_T.detach()[mine_T].sum()
         sums[f"targets/{alignment}"] = weights_T[mine_T].sum()
-    if member_AE is not None:
-        votes_T = votes(batch, recipe.vote)
-        router = router_loss_sum(output.router_logits, labels_T, votes_T, member_AE)
-        sums["router"] = router.detach()
-        if recipe.loss_weight > 0:
-            total = total + recipe.loss_weight * router / counts.votes
-        sums.update(routing_sums(output.router_logits, labels_T, votes_T, member_AE, engine.module.config.num_experts_per_tok))
-    return Losses(total * parts, sums)
+    return weighted_T.sum(), sums
+
+
+def _router_terms(
+    router_logits: tuple[Tensor, ...],
+    labels_T: Tensor,
+    votes_T: Tensor,
+    member_AE: Tensor,
+    recipe: RouterLoss,
+    balance: Balance | None,
+) -> Iterator[tuple[str, float, Tensor]]:
+    """Name, weight and sum over this micro-batch of each loss on the router's logits."""
+    yield "router", recipe.loss_weight, router_loss_sum(router_logits, labels_T, votes_T, member_AE)
+    yield "router_z", recipe.z_weight, z_loss_sum(router_logits, votes_T)
+    if balance:
+        shares_LE = balance.shares_LE
+        yield "router_balance", recipe.balance_weight, balance_loss_sum(router_logits, labels_T, votes_T, member_AE, shares_LE)
 
 
 def votes(batch: Batch, vote: str) -> Tensor:

@@ -17,7 +17,7 @@ from h3scale.train.timing import ALL_TO_ALL, PHASES, StepClock
 from h3scale.train.trackers import JsonLines, Tracker
 
 # The losses of a line, in order, and the count of the global batch that the sum is divided by; None: it is divided already.
-LOSSES = {"lm": "targets", "router": "votes", "drift": None}
+LOSSES = {"lm": "targets", "router": "votes", "router_z": "votes", "router_balance": "votes", "drift": None}
 GIB = 2**30
 OWN = (*PHASES, ALL_TO_ALL, "memory_gib")  # figures of one rank each, which are not added up
 
@@ -26,9 +26,10 @@ class Metrics:
     """Adds up sums of micro-batches, then of ranks, and hands the line to `metrics.jsonl` and the trackers of rank 0.
 
     Every figure of a line is of the whole global batch: `lm` and `lm/ALIGNMENT` nats per (weighted) target token, `router` and
-    `router/ALIGNMENT` nats per voting token and layer, `router_accuracy/ALIGNMENT` share of its voting tokens, `drift` as
-    defined in train.anchor, `tokens_per_expert/EXPERT` choices of prompt and response tokens over all layers. `seconds/PHASE`
-    and `memory_gib` are those of the rank that has most. docs/metrics.md has them all.
+    `router/ALIGNMENT` nats per voting token and layer, `router_z` and `router_balance` those losses likewise,
+    `router_accuracy/ALIGNMENT` share of its voting tokens, `drift` as defined in train.anchor and train.activation_drift,
+    `tokens_per_expert/EXPERT` choices of prompt and response tokens over all layers. `seconds/PHASE` and `memory_gib` are those
+    of the rank that has most. docs/metrics.md has them all.
     """
 
     def __init__(

@@ -1,8 +1,12 @@
-"""One rank: the gradients of one global batch under DeepSpeed, each rank's expert shards gathered, saved by name.
+"""One rank: losses and gradients of one global batch under DeepSpeed for several cases, each rank's expert shards gathered.
 
-python -m tests.distributed.dump_gradients RECIPE OUT key=value ...
+python -m tests.distributed.dump_gradients RECIPE OUT CASES key=value ...
+
+CASES is JSON, name -> overrides of the recipe's losses. Written: OUT/lines.json, the metrics of each case, and
+OUT/gradients.pt, for each case one dict an EP rank. Of a fused model also resume.json, see `resume`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,52 +15,116 @@ import torch.distributed as dist
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
-from h3scale.train.engine import start
-from h3scale.train.loop import make_anchor, make_loader, one_step, seed_everything
+from h3scale.data.loader import TypedLoader
+from h3scale.train.engine import Run, set_learning_rate, start
+from h3scale.train.loop import make_loader, one_step, seed_everything
 from h3scale.train.loss import Counts
+from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import Metrics
 
 START_SHARE = 0.9  # the anchor is moved there, so that the drift and its gradient are not zero at the first step
 
+Gradients = dict[str, torch.Tensor]
 
-def main(path: str, out: str, overrides: list[str]) -> None:
-    from deepspeed.utils import safe_get_full_grad
 
+class Bench:
+    """A started run of which single steps are taken."""
+
+    def __init__(self, run: Run, loader: TypedLoader, out: Path):
+        self.run, self.loader = run, loader
+        self.metrics = Metrics(out / "metrics.jsonl", loader.alignments, run.engine.device)
+        self.saved: Gradients = {}
+        self.step, run.engine.step = run.engine.step, self._keep
+        run.engine.train()
+
+    def _keep(self, *_args: object, **_kwargs: object) -> None:
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.run.engine.is_gradient_accumulation_boundary():
+            for name, parameter in self.run.engine.module.named_parameters():
+                if parameter.requires_grad:
+                    self.saved[name] = safe_get_full_grad(parameter).detach().clone().view(parameter.ds_shape)
+        return self.step()
+
+    def take(self, recipe: TrainRecipe, memory: LossMemory, step: int = 0, share: float = 0.0) -> tuple[dict, Gradients]:
+        """The metrics and gradients of a step; at `share` 0 of the learning rate the weights stay as they are."""
+        batch = self.loader.batch(step)
+        counts = Counts(self.loader.targets_in(batch), self.loader.tokens_in(batch, recipe.router.vote))
+        set_learning_rate(self.run.engine, share)
+        one_step(recipe, self.run, self.loader, batch, counts, self.metrics, memory)
+        line = self.metrics.close_step(1, counts.targets, counts.votes, 1, {})
+        saved, self.saved = self.saved, {}
+        return line, saved
+
+    def memory(self, recipe: TrainRecipe) -> LossMemory:
+        """Of a run that begins now; what an earlier one left in the experts is taken out."""
+        for module in self.run.engine.module.modules():
+            vars(module).pop("forward", None)
+        return make_loss_memory(recipe, self.run)
+
+    def everyone(self, what: object) -> list:
+        gathered: list = [None] * self.run.world_size
+        dist.all_gather_object(gathered, what)
+        return gathered
+
+
+def move_start(memory: LossMemory) -> None:
+    if memory.anchor:
+        state = memory.anchor.state_dict()
+        memory.anchor.load_state_dict([{n: {**part, "values": START_SHARE * part["values"]} for n, part in state.items()}])
+
+
+def resume(bench: Bench, recipe: TrainRecipe) -> dict[str, object]:
+    """Two steps, then the next one twice: undisturbed, and with a memory made anew from the state on the moved weights."""
+    memory = bench.memory(recipe)
+    for step in range(2):
+        bench.take(recipe, memory, step, share=1.0)
+    states = bench.everyone(memory.state_dict())
+    states = [json.loads(json.dumps(state, default=torch.Tensor.tolist)) for state in states]  # what a file would hold
+    line, gradients = bench.take(recipe, memory, step=2)
+    fresh = bench.memory(recipe)
+    fresh_line, _ = bench.take(recipe, fresh, step=2)
+    again = bench.memory(recipe)
+    again.load_state_dict([tensors(state) for state in states])
+    again_line, again_gradients = bench.take(recipe, again, step=2)
+    equal = all(torch.equal(gradients[name], again_gradients[name]) for name in gradients)
+    names = ("drift", "router_balance")
+    lines = [{name: line[name] for name in names} for line in (line, again_line, fresh_line)]
+    return dict(zip(("undisturbed", "resumed", "fresh"), lines, strict=True)) | {"equal": all(bench.everyone(equal))}
+
+
+def tensors(state: dict) -> dict:
+    anchor = {name: {**part, "values": torch.tensor(part["values"])} for name, part in state["anchor"].items()}
+    return {"anchor": anchor, "balance": {"shares": torch.tensor(state["balance"]["shares"], dtype=torch.float64)}}
+
+
+def main(path: str, out: Path, cases: dict[str, list[str]], overrides: list[str]) -> None:
     recipe = load_recipe(TrainRecipe, path, overrides)
     seed_everything(recipe.seed)
     run = start(recipe, path)
-    loader = make_loader(recipe, run)
-    assert run.expert_map
-    anchor = make_anchor(recipe, run)
-    assert anchor
-    for tensor in anchor.start.values():
-        tensor.mul_(START_SHARE)
-    anchor.scale_LE /= START_SHARE**2
-    metrics = Metrics(Path(out) / "metrics.jsonl", loader.alignments, run.engine.device)
-    saved: dict[str, torch.Tensor] = {}
-
-    def keep(*_args: object, **_kwargs: object) -> None:
-        if not run.engine.is_gradient_accumulation_boundary():
-            return step()
-        for name, parameter in run.engine.module.named_parameters():
-            if parameter.requires_grad:
-                saved[name] = safe_get_full_grad(parameter).detach().clone().view(parameter.ds_shape)
-        return step()
-
-    step, run.engine.step = run.engine.step, keep
-    batch = loader.batch(0)
-    counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, recipe.router.vote))
-    run.engine.train()
-    one_step(recipe, run, loader, batch, counts, metrics, anchor)
-    metrics.close_step(1, counts.targets, counts.votes, 1, {})
-    everyone: list = [None] * run.world_size
-    dist.all_gather_object(everyone, saved)
+    bench = Bench(run, make_loader(recipe, run), out)
+    lines, gradients = {}, {}
+    for name, more in cases.items():
+        case = load_recipe(TrainRecipe, path, [*overrides, *more])
+        memory = bench.memory(case)
+        move_start(memory)
+        if memory.balance:  # whose first step only finds the shares
+            bench.take(case, memory)
+        lines[name], saved = bench.take(case, memory)
+        gradients[name] = bench.everyone(saved)[: recipe.ep_size]
+    resumed = {}
+    if run.expert_map:
+        kinds = ("weights", "activations")
+        always = ["router.balance_weight=0.7", "drift.gamma=3"]
+        resumed = {k: resume(bench, load_recipe(TrainRecipe, path, [*overrides, *always, f"drift.kind={k}"])) for k in kinds}
     if run.rank == 0:
-        torch.save([everyone[r] for r in range(recipe.ep_size)], Path(out) / "gradients.pt")
+        (out / "lines.json").write_text(json.dumps(lines))
+        (out / "resume.json").write_text(json.dumps(resumed))
+        torch.save(gradients, out / "gradients.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:])

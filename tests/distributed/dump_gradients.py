@@ -1,21 +1,29 @@
-"""One rank: losses and gradients of one global batch under DeepSpeed for several cases, each rank's expert shards gathered.
+"""Losses and gradients of one global batch under DeepSpeed for several cases, each rank's expert shards gathered.
 
-python -m tests.distributed.dump_gradients RECIPE OUT CASES key=value ...
+python -m tests.distributed.dump_gradients RECIPE OUT LAUNCHES CASES
 
-CASES is JSON, name -> overrides of the recipe's losses. Written: OUT/lines.json, the metrics of each case, and
-OUT/gradients.pt, for each case one dict an EP rank. Of a fused model also resume.json, see `resume`.
+LAUNCHES is JSON, name -> [ranks, overrides of the recipe]; CASES, name -> overrides of the recipe's losses. Written for
+each launch: OUT/NAME/lines.json, the metrics of each case, and gradients.pt, for each case one dict an EP rank; of a
+launch with a fused model and several ranks that hold the same experts also resume.json, see `resume`.
+
+Ranks are forked from this process, so the slow imports happen once; apart from that they are started as torchrun does.
 """
 
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
+import deepspeed  # noqa: F401  before the fork
 import torch
 import torch.distributed as dist
+import transformers  # noqa: F401  before the fork
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
+from h3scale.launch.local import free_port
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.loop import make_loader, one_step, seed_everything
 from h3scale.train.loss import Counts
@@ -98,7 +106,7 @@ def tensors(state: dict) -> dict:
     return {"anchor": anchor, "balance": {"shares": torch.tensor(state["balance"]["shares"], dtype=torch.float64)}}
 
 
-def main(path: str, out: Path, cases: dict[str, list[str]], overrides: list[str]) -> None:
+def rank_main(path: str, out: Path, cases: dict[str, list[str]], overrides: list[str]) -> None:
     recipe = load_recipe(TrainRecipe, path, overrides)
     seed_everything(recipe.seed)
     run = start(recipe, path)
@@ -112,19 +120,36 @@ def main(path: str, out: Path, cases: dict[str, list[str]], overrides: list[str]
             bench.take(case, memory)
         lines[name], saved = bench.take(case, memory)
         gradients[name] = bench.everyone(saved)[: recipe.ep_size]
-    resumed = {}
-    if run.expert_map:
-        kinds = ("weights", "activations")
+    if run.expert_map and run.world_size > recipe.ep_size:
         always = ["router.balance_weight=0.7", "drift.gamma=3"]
+        kinds = ("weights", "activations")
         resumed = {k: resume(bench, load_recipe(TrainRecipe, path, [*overrides, *always, f"drift.kind={k}"])) for k in kinds}
+        if run.rank == 0:
+            (out / "resume.json").write_text(json.dumps(resumed))
     if run.rank == 0:
         (out / "lines.json").write_text(json.dumps(lines))
-        (out / "resume.json").write_text(json.dumps(resumed))
         torch.save(gradients, out / "gradients.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def launch(path: str, out: Path, cases: dict[str, list[str]], ranks: int, overrides: list[str]) -> None:
+    """Raises SystemExit where a rank fails."""
+    out.mkdir(parents=True)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks))
+    processes = []
+    for rank in range(ranks):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        process = multiprocessing.get_context("fork").Process(target=rank_main, args=(path, out, cases, overrides))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"{out.name}: exit codes {[process.exitcode for process in processes]}")
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:])
+    recipe_path, folder, launches, all_cases = sys.argv[1:]
+    for title, (num_ranks, *changes) in json.loads(launches).items():
+        launch(recipe_path, Path(folder) / title, json.loads(all_cases), num_ranks, changes)

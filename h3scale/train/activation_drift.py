@@ -136,8 +136,8 @@ class _Hold(torch.autograd.Function):
         input_RH, counts_E, value, push_RH = ctx.saved_tensors
         drift = ctx.held.drift
         drift.sum += value
-        scale = (drift.loss_scale * drift.parts).to(push_RH)
-        weights = ctx.held.gradients(input_RH, counts_E, push_RH * scale)
+        push_RH = (push_RH.float() * (drift.loss_scale * drift.parts)).to(push_RH.dtype)
+        weights = ctx.held.gradients(input_RH, counts_E, push_RH)
         return None, gradients[0], None, None, None, None, *weights
 
 

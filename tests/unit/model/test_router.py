@@ -7,7 +7,15 @@ import torch
 
 from h3scale.model.accuracy import record_log_probs, share_correct
 from h3scale.model.experts import ExpertMap
-from h3scale.model.router import alignment_log_probs, expert_weights, membership_AE, router_loss_sum
+from h3scale.model.router import (
+    alignment_log_probs,
+    balance_loss_sum,
+    expert_weights,
+    first_choices,
+    membership_AE,
+    router_loss_sum,
+    z_loss_sum,
+)
 
 TWO = ExpertMap(("a", "b"), ("a", "b"))
 THREE = ExpertMap(("a", "b", "c"), ("a", "b", "c", None))
@@ -128,3 +136,59 @@ def test_share_correct_counts_each_alignment_by_itself():
 def test_oracle_weights_are_shared_by_the_experts_of_an_alignment():
     assert expert_weights(PAIRS, "a").tolist() == [0, 0.5, 0, 0.5, 0]
     assert expert_weights(THREE, "c").tolist() == [0, 0, 1, 0]
+
+
+def test_the_z_loss_is_the_squared_logsumexp_of_voting_tokens_averaged_over_layers():
+    logits, votes_T = random_logits(THREE), torch.tensor([True, True, False, True, False, False, True])
+    squares = [
+        math.log(sum(math.exp(value) for value in logits_E.tolist())) ** 2
+        for logits_TE in logits
+        for logits_E in logits_TE[votes_T]
+    ]
+    assert z_loss_sum(logits, votes_T).item() == pytest.approx(sum(squares) / len(logits), rel=1e-6)
+
+
+def test_the_z_loss_keeps_low_precision_out():
+    logits, votes_T = [x.to(torch.bfloat16) for x in random_logits(THREE)], torch.ones(7, dtype=torch.bool)
+    assert z_loss_sum(logits, votes_T).item() == z_loss_sum([x.float() for x in logits], votes_T).item()
+
+
+def even_shares(expert_map, num_layers=3):
+    sizes = [len(expert_map.experts_of(a)) if a else 1 for a in expert_map.experts]
+    return torch.tensor([[float(a is not None) / n for a, n in zip(expert_map.experts, sizes, strict=True)]] * num_layers)
+
+
+@pytest.mark.parametrize("expert_map", [PAIRS, UNEVEN])
+def test_balance_costs_one_and_pushes_nowhere_where_the_last_batch_was_even(expert_map):
+    logits = [x.requires_grad_() for x in random_logits(expert_map)]
+    votes_T = torch.ones(7, dtype=torch.bool)
+    loss = balance_loss_sum(logits, labels_for(expert_map), votes_T, membership_AE(expert_map), even_shares(expert_map))
+    loss.backward()
+    assert loss.item() / 7 == pytest.approx(1, abs=1e-6)
+    assert max(x.grad.abs().max().item() for x in logits) < 1e-6
+
+
+def test_balance_lowers_the_expert_that_had_too_much_of_its_own_alignment_and_no_other():
+    logits = [x.requires_grad_() for x in random_logits(PAIRS)]  # experts b, a, general, a, b
+    labels_T, votes_T = labels_for(PAIRS), torch.tensor([True] * 6 + [False])
+    shares_LE = torch.tensor([[0.5, 0.9, 0.0, 0.1, 0.5]] * 3)
+    balance_loss_sum(logits, labels_T, votes_T, membership_AE(PAIRS), shares_LE).backward()
+    is_a_T = (labels_T == 0) & votes_T
+    for logits_TE in logits:
+        assert (logits_TE.grad[is_a_T, 1] > 0).all()
+        assert (logits_TE.grad[is_a_T, 3] < 0).all()
+        assert logits_TE.grad[is_a_T][:, [0, 2, 4]].abs().max() == 0
+        assert logits_TE.grad[~is_a_T].abs().max() < 1e-6  # b was even, padding does not vote
+
+
+@pytest.mark.parametrize("expert_map", [PAIRS, UNEVEN, THREE])
+def test_first_choices_count_voting_tokens_among_the_experts_of_their_alignment(expert_map):
+    logits, labels_T = random_logits(expert_map), labels_for(expert_map).clone()
+    votes_T = torch.tensor([True, True, False, True, True, False, True])
+    labels_T[~votes_T] = -1
+    wanted_LE = torch.zeros(3, expert_map.num_experts, dtype=torch.float64)
+    for layer, logits_TE in enumerate(logits):
+        for t in votes_T.nonzero().flatten().tolist():
+            mine = expert_map.experts_of(expert_map.alignments[labels_T[t]])
+            wanted_LE[layer, max(mine, key=lambda e: logits_TE[t, e].item())] += 1
+    assert torch.equal(first_choices(logits, labels_T, votes_T, membership_AE(expert_map)), wanted_LE)

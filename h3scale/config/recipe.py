@@ -90,8 +90,8 @@ class Drift(Strict):
 
     `gamma` for all experts, `gammas` for some by alignment (`general` for the general experts).
     `kind`: `weights` is the distance of an expert's matrices, which costs next to nothing. `activations` is the distance of its
-    outputs on the tokens it is given: what cannot be seen in them is free. It costs about two more forwards of the experts and
-    two thirds of a backward, so `weights` is the default.
+    outputs on the tokens it is given: what cannot be seen in them is free. It makes the experts about one and a half times as
+    slow, so `weights` is the default.
     """
 
     kind: Literal["weights", "activations"] = "weights"

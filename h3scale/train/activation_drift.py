@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from h3scale.config.recipe import Drift
 from h3scale.errors import ConfigError
 from h3scale.model.experts import ExpertMap
-from h3scale.train.anchor import Anchor, Shard
+from h3scale.train.anchor import Anchor, Held
 
 MATRICES = ("w1", "w2", "w3")
 ARGUMENTS = ["self", "x", "num_tokens_per_expert"]
@@ -45,16 +45,16 @@ class ActivationDrift(Anchor):
         self.parts = parts
         self.loss_scale = torch.zeros(())
         self.sum = torch.zeros((), device=self.device)
-        by_experts: dict[str, list[Shard]] = {}
-        for shard in self.shards:
-            by_experts.setdefault(shard.name.rsplit(".", 1)[0], []).append(shard)
-        for name, shards in by_experts.items():
+        by_experts: dict[str, list[Held]] = {}
+        for held in self.held:
+            by_experts.setdefault(held.shard.name.rsplit(".", 1)[0], []).append(held)
+        for name, matrices in by_experts.items():
             experts = engine.module.get_submodule(name)
             check_experts(experts)
             first = engine.module.get_submodule(name.rsplit(".", 1)[0]).ep_rank * experts.num_experts
             factors = [gamma / (num_layers * num_routed) for gamma in self.gammas[first : first + experts.num_experts]]
             if any(factors):
-                _HeldExperts(self, experts, shards, torch.tensor(factors, device=self.device))
+                _HeldExperts(self, experts, matrices, torch.tensor(factors, device=self.device))
 
     def attach(self, total: Tensor) -> Tensor:
         """The loss itself; its gradient, when it comes, says how DeepSpeed scales losses."""
@@ -68,9 +68,9 @@ class ActivationDrift(Anchor):
 class _HeldExperts:
     """The experts of one layer with the term in their forward."""
 
-    def __init__(self, drift: ActivationDrift, experts: nn.Module, shards: Sequence[Shard], factor_E: Tensor):
+    def __init__(self, drift: ActivationDrift, experts: nn.Module, matrices: Sequence[Held], factor_E: Tensor):
         self.drift, self.experts, self.factor_E = drift, experts, factor_E
-        self.shards = {shard.name.rsplit(".", 1)[1]: shard for shard in shards}
+        self.matrices = {held.shard.name.rsplit(".", 1)[1]: held for held in matrices}
         self.plain = experts.forward
         experts.forward = self.forward
 
@@ -90,7 +90,7 @@ class _HeldExperts:
         Rows that pad an expert's tokens are zeros, of which every expert makes zeros: they cost nothing. Rows after the last
         expert's are whatever the kernel left there.
         """
-        start = {name: self.shards[name].whole(output_RH.dtype) for name in MATRICES}
+        start = {name: self.matrices[name].whole(output_RH.dtype) for name in MATRICES}
         start_RH = run(self.experts, start, input_RH, counts_E).float()
         row_R = torch.arange(len(input_RH), device=input_RH.device)
         expert_R = torch.searchsorted(counts_E.cumsum(0), row_R, right=True)

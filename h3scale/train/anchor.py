@@ -1,13 +1,14 @@
 """Where the experts started, kept sharded like the parameters, and the drift of their weights from there.
 
 drift = sum over experts e of gamma_e * (1/L) * sum over layers l of |W_le - W0_le|^2 / |W0_le|^2, where W_le are the three
-matrices of expert e in layer l together. Being relative, gamma means the same at every size. Under ZeRO-3 a term added
-to the loss would have no gradient (the shard is outside autograd), so the gradient is added to the shard's own; nothing
-is gathered but L x E numbers at the start. The published H3Fusion code takes the norm of the weights, not of their drift.
+matrices of expert e in layer l together. Being relative, gamma means the same at every size. The master weights are cut over
+the ranks (outside autograd under ZeRO-3), so the gradient is added to each shard's own; nothing is gathered but L x E numbers at
+the start. The published H3Fusion code takes the norm of the weights, not of their drift.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,49 +19,38 @@ from h3scale.config.recipe import Drift
 from h3scale.errors import ConfigError, DataError
 from h3scale.model.experts import ExpertMap
 from h3scale.model.names import MOE, match
+from h3scale.train.shard import Shard
 
 
 @dataclass
-class Shard:
-    """This rank's part of one stacked tensor of experts, (E, out, in) over all EP ranks.
+class Held:
+    """This rank's part of one stacked tensor of experts, and the values it had at the start, fp32."""
 
-    `begin` is where it begins in that tensor when flattened, so a shard is understood without knowing any topology.
-    `start` has the values at the start, fp32, without ZeRO's padding at the end of the last shard.
-    """
-
-    name: str
-    parameter: torch.nn.Parameter
+    shard: Shard
     layer: int
-    shape: tuple[int, int, int]
-    begin: int
+    num_experts: int
     start: Tensor
 
-    def spans(self) -> Iterator[tuple[int, slice]]:
-        """The experts that the shard has values of, each with its span in `start`."""
-        _, rows, columns = self.shape
-        per_expert = rows * columns
-        end = self.begin + len(self.start)
-        for expert in range(self.begin // per_expert, -(-end // per_expert)):
-            low, high = max(self.begin, expert * per_expert), min(end, (expert + 1) * per_expert)
-            yield expert, slice(low - self.begin, high - self.begin)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor over all EP ranks, (E, out, in)."""
+        return (self.num_experts, *self.shard.shape[1:])
 
-    def now(self) -> Tensor:
-        """The values as they are now, fp32, without padding."""
-        return _local(self.parameter)[: len(self.start)]
+    @property
+    def begin(self) -> int:
+        """Where the part begins in that tensor when flattened, so that it is understood without knowing any topology."""
+        return self.shard.first_expert * prod(self.shard.shape[1:]) + self.shard.begin
+
+    def spans(self) -> Iterator[tuple[int, slice]]:
+        """The experts that the part has values of, each with its span in `start`."""
+        done = 0
+        for expert, low, high in self.shard.experts():
+            yield expert, slice(done, done + high - low)
+            done += high - low
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """The start of this EP rank's experts, (local experts, out, in), gathered over their data-parallel ranks.
-
-        A collective over those ranks, which hold the same experts; nothing is sent where there is one.
-        """
-        place: Any = self.parameter  # ZeRO-3 puts its attributes on the parameter
-        part = self.start.new_zeros(place.ds_tensor.numel(), dtype=dtype)
-        part[: len(self.start)] = self.start
-        flat, group = part, place.ds_process_group
-        if dist.get_world_size(group) > 1:
-            flat = part.new_empty(dist.get_world_size(group) * len(part))
-            dist.all_gather_into_tensor(flat, part, group=group)
-        return flat[: place.ds_numel].view(place.ds_shape)
+        """The start of this EP rank's experts, (local experts, out, in), gathered over their data-parallel ranks."""
+        return self.shard.gather(self.start.to(dtype))
 
 
 class Anchor:
@@ -70,7 +60,7 @@ class Anchor:
         self.gammas = expert_gammas(recipe, expert_map)
         self.num_layers, self.num_experts = num_layers, expert_map.num_experts
         self.device = engine.device
-        self.shards = list(_shards(engine, moe_type, self.num_experts))
+        self.held = list(_held(engine, moe_type, self.num_experts))
 
     def attach(self, total: Tensor) -> Tensor:
         """The loss of a micro-batch on its way to backward, for a drift that has to know how it is scaled there."""
@@ -83,8 +73,8 @@ class Anchor:
     def state_dict(self) -> dict[str, Any]:
         """This rank's shards with all that it takes to share them out anew, over any number of ranks."""
         return {
-            shard.name: {"layer": shard.layer, "shape": shard.shape, "begin": shard.begin, "values": shard.start}
-            for shard in self.shards
+            held.shard.name: {"layer": held.layer, "shape": held.shape, "begin": held.begin, "values": held.start}
+            for held in self.held
         }
 
     def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
@@ -94,15 +84,16 @@ class Anchor:
         """
         states = list(states)
         findings = []
-        for shard in self.shards:
-            found = [state[shard.name] for state in states if shard.name in state]
-            if any(tuple(part["shape"]) != shard.shape for part in found):
-                findings.append(f"drift anchor: {shard.name} has shape {found[0]['shape']}, the model's is {shard.shape}")
+        for held in self.held:
+            name = held.shard.name
+            found = [state[name] for state in states if name in state]
+            if any(tuple(part["shape"]) != held.shape for part in found):
+                findings.append(f"drift anchor: {name} has shape {found[0]['shape']}, the model's is {held.shape}")
                 continue
-            covered = fill(shard.start, shard.begin, [(part["begin"], part["values"]) for part in found])
-            if covered < len(shard.start):
-                missing = shard.begin + covered
-                findings.append(f"drift anchor: {shard.name} is not there from value {missing} on (works: the states of all ranks)")
+            covered = fill(held.start, held.begin, [(part["begin"], part["values"]) for part in found])
+            if covered < len(held.start):
+                missing = held.begin + covered
+                findings.append(f"drift anchor: {name} is not there from value {missing} on (works: the states of all ranks)")
         if findings:
             raise DataError(findings)
 
@@ -122,24 +113,23 @@ class DriftAnchor(Anchor):
     @torch.no_grad()
     def add_gradient(self) -> None:
         """Adds d drift / d W to the gradient of this rank's shard. After backward, before step."""
-        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-
-        for shard in self.shards:
-            gradient = safe_get_local_grad(shard.parameter)
-            now = shard.now()
-            for expert, span in shard.spans():
-                factor = 2 * float(self.scale_LE[shard.layer, expert])
-                gradient[span] += factor * (now[span] - shard.start[span])
-            safe_set_local_grad(shard.parameter, gradient)
+        for held in self.held:
+            if not len(held.shard):
+                continue
+            gradient, now = held.shard.gradient(), held.shard.values()
+            for expert, span in held.spans():
+                factor = 2 * float(self.scale_LE[held.layer, expert])
+                gradient[span] += factor * (now[span] - held.start[span])
+            held.shard.set_gradient(gradient)
 
     @torch.no_grad()
     def local_sum(self) -> Tensor:
         """This rank's part of the drift loss, a scalar; each shard is one rank's, so the sum over the ranks is the loss."""
         total = torch.zeros((), dtype=torch.float64)
-        for shard in self.shards:
-            distance = shard.now() - shard.start
-            for expert, span in shard.spans():
-                total += float(self.scale_LE[shard.layer, expert]) * distance[span].double().square().sum().cpu()
+        for held in self.held:
+            distance = held.shard.values() - held.start
+            for expert, span in held.spans():
+                total += float(self.scale_LE[held.layer, expert]) * distance[span].double().square().sum().cpu()
         return total
 
     def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
@@ -149,9 +139,9 @@ class DriftAnchor(Anchor):
     def _scales(self) -> Tensor:
         """gamma_e / (L * |W0_le|^2), (L, E) float64, the same on every rank."""
         squares_LE = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64)
-        for shard in self.shards:
-            for expert, span in shard.spans():
-                squares_LE[shard.layer, expert] += shard.start[span].double().square().sum().cpu()
+        for held in self.held:
+            for expert, span in held.spans():
+                squares_LE[held.layer, expert] += held.start[span].double().square().sum().cpu()
         squares_LE = squares_LE.to(self.device)
         dist.all_reduce(squares_LE)
         gammas_E = torch.tensor(self.gammas, dtype=torch.float64)
@@ -181,23 +171,10 @@ def fill(target: Tensor, begin: int, parts: Iterable[tuple[int, Tensor]]) -> int
     return done - begin
 
 
-def _shards(engine: Any, moe_type: str, num_experts: int) -> Iterator[Shard]:
+def _held(engine: Any, moe_type: str, num_experts: int) -> Iterator[Held]:
     templates = list(MOE[moe_type].autoep_experts.values())
     for name, parameter in engine.module.named_parameters():
         found = next((numbers for t in templates if (numbers := match(t, name))), None)
-        if found is None or not parameter.requires_grad:
-            continue
-        place: Any = parameter
-        num_local_experts, rows, columns = place.ds_shape
-        first_expert = engine.module.get_submodule(name.rsplit(".", 2)[0]).ep_rank * num_local_experts
-        length = place.ds_tensor.numel()
-        begin = length * dist.get_rank(place.ds_process_group)
-        shape = (num_experts, rows, columns)
-        start = _local(parameter)[: max(0, place.ds_numel - begin)].clone()
-        yield Shard(name, parameter, found["layer"], shape, first_expert * rows * columns + begin, start)
-
-
-def _local(parameter: torch.nn.Parameter) -> Tensor:
-    from deepspeed.utils import safe_get_local_fp32_param
-
-    return safe_get_local_fp32_param(parameter)
+        if found is not None and parameter.requires_grad:
+            shard = Shard.of(engine.module, name, parameter)
+            yield Held(shard, found["layer"], num_experts, shard.values().clone())

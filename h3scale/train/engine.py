@@ -86,7 +86,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         engine, *_ = deepspeed.initialize(
             model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)
         )
-        if recipe.model and zero_stage == 3:
+        if recipe.model and zero_stage:
             fill(engine, Path(recipe.model))
     _limit_all_groups(timeout)
     total = sum(counts.values())

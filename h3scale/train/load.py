@@ -10,13 +10,10 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from h3scale.checkpoint.consolidate import differences, expected_shapes, stored_as
@@ -25,45 +22,9 @@ from h3scale.errors import DataError
 from h3scale.log import progress
 from h3scale.model.lora import is_update, plain_name
 from h3scale.model.trainable import group_of
+from h3scale.train.shard import Shard
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's part of a parameter under ZeRO-3: flat positions `begin` to `begin + length`, the last may be padding.
-
-    `shape` is the whole parameter's; for stacked experts it counts the experts of this rank's EP rank only, from
-    `first_expert` on (0 for what is no expert).
-    """
-
-    shape: tuple[int, ...]
-    begin: int
-    length: int
-    first_expert: int
-
-    @classmethod
-    def of(cls, module: nn.Module, name: str, parameter: Any) -> "Shard":
-        """Where this rank's part of `parameter` (found under `name` in the engine's module) lies."""
-        length = parameter.ds_tensor.numel()
-        rank = dist.get_rank(parameter.ds_process_group)
-        shape = tuple(parameter.ds_shape)
-        layer: Any = module.get_submodule(name.rsplit(".", 2)[0])
-        first = layer.ep_rank * shape[0] if group_of(name) == "experts" else 0
-        return cls(shape, rank * length, length, first)
-
-    @property
-    def stop(self) -> int:
-        """Where the values end: padding is left out."""
-        return min(self.begin + self.length, prod(self.shape))
-
-    def experts(self) -> Iterator[tuple[int, int, int]]:
-        """The experts that this part touches: (id among all, first flat position inside it, last + 1)."""
-        size = prod(self.shape[1:])
-        for local in range(self.begin // size, -(-self.stop // size)):
-            low, high = max(self.begin - local * size, 0), min(self.stop - local * size, size)
-            if low < high:
-                yield self.first_expert + local, low, high
 
 
 def empty_model(folder: Path, ds_config: dict[str, Any]) -> nn.Module:
@@ -134,29 +95,20 @@ def fill(engine: Any, folder: Path) -> None:
 
     The fp32 master weights get the file's own values, not ones that were rounded to the training's dtype first.
     """
-    from deepspeed.utils import safe_set_local_fp32_param
-
     files = ModelFolder(folder)
     origins = _origins(files)
-    parameters = dict(engine.module.named_parameters())
-    read = {name: parameter for name, parameter in parameters.items() if not is_update(name)}  # LoRA's begin as peft made them
-    with progress("load", sum(parameter.ds_tensor.numel() for parameter in read.values()), "parameters of this rank") as bar:
-        for name, parameter in read.items():
-            shard = Shard.of(engine.module, name, parameter)
-            values = torch.zeros(shard.length)
-            at = 0
-            for piece in _pieces(files, origins[plain_name(name)], shard):
-                values[at : at + piece.numel()] = piece
-                at += piece.numel()
-            parameter.ds_tensor.copy_(values)
-            if parameter.requires_grad:
-                safe_set_local_fp32_param(parameter, values.to(engine.device))
-            bar.advance(shard.length)
+    named = engine.module.named_parameters()
+    shards = [Shard.of(engine.module, name, p) for name, p in named if not is_update(name)]  # LoRA's begin as peft made them
+    with progress("load", sum(map(len, shards)), "parameters of this rank") as bar:
+        for shard in shards:
+            if len(shard):
+                shard.fill(torch.cat([piece.float() for piece in _pieces(files, origins[plain_name(shard.name)], shard)]))
+            bar.advance(len(shard))
 
 
 def _pieces(files: ModelFolder, origin: list[str], shard: Shard) -> Iterator[Tensor]:
     """The flat values of a shard, in order, from the tensors of the file: one for each expert, or one in all."""
-    if len(shard.shape) < 3:
+    if group_of(shard.name) != "experts":
         yield files.flat(origin[0], shard.begin, shard.stop)
         return
     for expert, low, high in shard.experts():

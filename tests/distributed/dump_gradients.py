@@ -24,6 +24,7 @@ from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.launch.local import free_port
+from h3scale.model.trainable import whole_shape
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.loop import make_loader, one_step, seed_everything
 from h3scale.train.loss import Counts
@@ -51,7 +52,7 @@ class Bench:
         if self.run.engine.is_gradient_accumulation_boundary():
             for name, parameter in self.run.engine.module.named_parameters():
                 if parameter.requires_grad:
-                    self.saved[name] = safe_get_full_grad(parameter).detach().clone().view(parameter.ds_shape)
+                    self.saved[name] = safe_get_full_grad(parameter).detach().clone().view(whole_shape(parameter))
         return self.step()
 
     def take(self, recipe: TrainRecipe, memory: LossMemory, step: int = 0, share: float = 0.0) -> tuple[dict, Gradients]:

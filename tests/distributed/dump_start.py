@@ -4,6 +4,7 @@ python -m tests.distributed.dump_start RECIPE OUT key=value ...
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,21 +13,18 @@ import torch.distributed as dist
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.train.engine import start
-from h3scale.train.load import Shard
+from h3scale.train.shard import Shard
 
 LENGTH = 24
 
 
 def main(path: str, out: str, overrides: list[str]) -> None:
-    from deepspeed.utils import safe_get_local_fp32_param
-
     run = start(load_recipe(TrainRecipe, path, overrides), path)
     module = run.engine.module
-    masters = {}
+    masters = []
     for name, parameter in module.named_parameters():
         shard = Shard.of(module, name, parameter)
-        values = safe_get_local_fp32_param(parameter) if parameter.requires_grad else parameter.ds_tensor
-        masters[name] = (shard, values[: shard.stop - shard.begin].clone())
+        masters.append((replace(shard, parameter=None), shard.values().clone()))
     buffers = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
     run.engine.eval()
     with torch.no_grad():

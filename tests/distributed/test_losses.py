@@ -1,4 +1,4 @@
-"""Law 7 for every loss by itself and all together, under real DeepSpeed: gloo ranks, ZeRO-3, expert parallelism."""
+"""Law 7 for every loss by itself and all together, under real DeepSpeed: gloo ranks, ZeRO-1 to 3, expert parallelism."""
 
 import json
 import os
@@ -41,6 +41,9 @@ LAUNCHES = {
     "4 ranks, EP 1": (4, "ep_size=1"),
     "4 ranks, EP 2": (4, "ep_size=2"),
     "4 ranks, EP 4": (4, "ep_size=4"),
+    "1 rank, ZeRO-2": (1, "ep_size=1", "deepspeed=WORLD/zero2.json"),
+    "4 ranks, EP 2, ZeRO-2": (4, "ep_size=2", "deepspeed=WORLD/zero2.json"),
+    "4 ranks, EP 1, ZeRO-1": (4, "ep_size=1", "deepspeed=WORLD/zero1.json"),
     "2 ranks, EP 2, recomputed": (2, "ep_size=2", "activation_checkpointing=true"),
 }
 
@@ -51,6 +54,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe["data"]["prompt_weight"] = 0.25
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for stage in (1, 2):
+        settings = {"zero_optimization": {"stage": stage}, "expert_parallel": {"use_grouped_mm": False}}
+        (folder / f"zero{stage}.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -75,7 +81,7 @@ def dumps(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dump(world: Path, out: Path, launches: dict, cases: dict) -> Path:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    words = [str(world / "recipe.yaml"), str(out), json.dumps(launches), json.dumps(cases)]
+    words = [str(world / "recipe.yaml"), str(out), json.dumps(launches).replace("WORLD", str(world)), json.dumps(cases)]
     command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.dump_gradients", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -113,7 +119,7 @@ def test_every_loss_has_a_gradient_of_its_own(references) -> None:
         assert min(moved) > 1e-4, case
 
 
-@pytest.mark.parametrize("launch", ["2 ranks, EP 1", "4 ranks, EP 1", "4 ranks, EP 2"])
+@pytest.mark.parametrize("launch", ["2 ranks, EP 1", "4 ranks, EP 1", "4 ranks, EP 2", "4 ranks, EP 2, ZeRO-2"])
 @pytest.mark.parametrize("kind", ["weights", "activations"])
 def test_losses_go_on_from_their_saved_state_bit_for_bit(dumps: Path, launch: str, kind: str) -> None:
     found = json.loads((dumps / launch / "resume.json").read_text())[kind]

@@ -44,8 +44,11 @@ class Case:
     def hold(self) -> ActivationDrift:
         drift = ActivationDrift.__new__(ActivationDrift)
         drift.sum, drift.parts, drift.loss_scale = torch.zeros(()), PARTS, torch.zeros(())
-        shards: Any = [SimpleNamespace(name=f"x.{n}", whole=lambda dtype, n=n: self.start[n].to(dtype)) for n in MATRICES]
-        _HeldExperts(drift, self.experts, shards, torch.tensor(GAMMAS))
+        held: Any = [
+            SimpleNamespace(shard=SimpleNamespace(name=f"x.{n}"), whole=lambda dtype, n=n: self.start[n].to(dtype))
+            for n in MATRICES
+        ]
+        _HeldExperts(drift, self.experts, held, torch.tensor(GAMMAS))
         return drift
 
     def backward(self, drift: ActivationDrift | None, again: bool | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from h3scale.errors import DataError
-from h3scale.train.anchor import Anchor, Shard, fill
+from h3scale.train.anchor import Anchor, Held, fill
+from h3scale.train.shard import Shard
 
 SHAPE = (4, 3, 5)
 NAME = "model.layers.0.mlp.experts.w1"
@@ -13,7 +14,7 @@ WHOLE = torch.arange(60, dtype=torch.float32)
 
 def anchor(values: torch.Tensor, begin: int, shape: tuple[int, int, int] = SHAPE) -> Anchor:
     made = Anchor.__new__(Anchor)
-    made.shards = [Shard(NAME, torch.nn.Parameter(torch.empty(0)), 0, shape, begin, values)]
+    made.held = [Held(Shard(NAME, None, shape, begin, begin + len(values), first_expert=0), 0, shape[0], values)]
     return made
 
 
@@ -34,17 +35,17 @@ def test_states_of_one_topology_fill_the_shards_of_another(old: tuple[int, int],
     filled = ranks(*new, torch.zeros_like(WHOLE))
     for made in filled:
         made.load_state_dict(states)
-    assert torch.equal(torch.cat([made.shards[0].start for made in filled]), WHOLE)
+    assert torch.equal(torch.cat([made.held[0].start for made in filled]), WHOLE)
 
 
 def test_spans_name_the_experts_of_a_shard_that_begins_and_ends_within_one() -> None:
-    shard = anchor(WHOLE[10:40], 10).shards[0]
+    shard = anchor(WHOLE[10:40], 10).held[0]
     assert list(shard.spans()) == [(0, slice(0, 5)), (1, slice(5, 20)), (2, slice(20, 30))]
 
 
 def test_an_empty_shard_has_no_experts_and_needs_no_state() -> None:
     empty = anchor(WHOLE[:0], 60)
-    assert list(empty.shards[0].spans()) == []
+    assert list(empty.held[0].spans()) == []
     empty.load_state_dict([])
 
 

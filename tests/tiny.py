@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from h3scale.model import tiny
+from h3scale.model.tiny import FAMILY_SIZES
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>")
 WORDS = tuple(f"{kind}{i}" for kind in ("sort", "lie", "ask", "say", "tell", "hide") for i in range(6))
@@ -29,18 +32,12 @@ def tiny_tokenizer(folder: Path | None = None, words: tuple[str, ...] = WORDS) -
     return tokenizer
 
 
-# What sets a dense family apart from the others: heads wider than hidden_size / heads, windows shorter than a test's row.
-FAMILY_SIZES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"head_dim": 12, "sliding_window": 3},
-    "qwen3": {"head_dim": 12, "attention_bias": True},
-}
 DENSE_FAMILIES = tuple(FAMILY_SIZES)
 
 
 def tiny_config(family: str = "llama", **sizes: Any) -> Any:
     """A dense config with no size equal to another, so that a transposed or swapped one is noticed."""
-    values: dict[str, Any] = {
+    own: dict[str, Any] = {
         "vocab_size": len(SPECIAL) + len(WORDS),
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -48,17 +45,11 @@ def tiny_config(family: str = "llama", **sizes: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.2,  # far from zero, so that attention and FFN matter in the logits
-        "tie_word_embeddings": False,
         "pad_token_id": 0,
         "bos_token_id": 2,
         "eos_token_id": 3,
-        **FAMILY_SIZES[family],
-        **sizes,
     }
-    return AutoConfig.for_model(family, **values)
+    return tiny.tiny_config(family, **{**own, **sizes})
 
 
 def tiny_dense(
@@ -67,7 +58,7 @@ def tiny_dense(
     """A random dense model of a family with its tokenizer in `folder`; the same for the same seed and sizes."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **sizes))
+        model: Any = AutoModelForCausalLM.from_config(tiny_config(family, **sizes))
         if family != "llama":  # norms start as ones and biases as zeros: one that is lost would not be missed
             with torch.no_grad():
                 for values in (values for values in model.parameters() if values.ndim == 1):

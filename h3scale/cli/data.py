@@ -104,11 +104,15 @@ def prepare(
     """
     from h3scale.config.base import load_recipe
     from h3scale.config.recipe import TrainRecipe
+    from h3scale.config.tiny import TINY
     from h3scale.data.prepare import prepare as prepare_store
     from h3scale.data.prepare import prepared_folder
     from h3scale.model.start import load_tokenizer
+    from h3scale.model.tiny import make_models
 
     settings = load_recipe(TrainRecipe, recipe, [*(overrides or []), *(["data.bad_records=stop"] if strict else [])])
+    if TINY in (overrides or []):
+        make_models(settings)
     tokenizer = load_tokenizer(settings.tokenizer or settings.model)  # type: ignore[arg-type]
     store = prepare_store(settings.data, tokenizer, prepared_folder(settings.data, settings.out))
     for name, counts in store.manifest["counts"].items():

@@ -43,15 +43,19 @@ def inspect(
     from h3scale.cli import data_inspect_tables as tables
     from h3scale.config.base import load_recipe
     from h3scale.config.recipe import TrainRecipe
+    from h3scale.config.tiny import TINY
     from h3scale.data.inspect import inspect_run
     from h3scale.data.samples import sample_rows
     from h3scale.data.simulate import simulate as replay
     from h3scale.errors import H3Error
     from h3scale.model.start import load_tokenizer
+    from h3scale.model.tiny import make_models
 
     settings = load_recipe(TrainRecipe, recipe, overrides or [])
     world_size = _check_simulation(settings, simulate, ranks)
     folder = out or Path(settings.out).parent / "inspect" / Path(settings.out).name
+    if TINY in (overrides or []):
+        make_models(settings)
     tokenizer = load_tokenizer(settings.tokenizer or settings.model)  # type: ignore[arg-type]
     loader = _loader(settings, tokenizer)
     found = inspect_run(loader, settings.rows_per_micro_batch)

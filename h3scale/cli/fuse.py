@@ -24,6 +24,7 @@ def fuse(
     """
     from h3scale.config.base import load_recipe
     from h3scale.config.fuse import FuseRecipe
+    from h3scale.config.tiny import TINY
 
     checked = load_recipe(FuseRecipe, recipe, overrides or [])
     # torch is imported from here on: a recipe with a mistake is answered at once.
@@ -31,8 +32,11 @@ def fuse(
 
     from h3scale.fusion.execute import fuse as carry_out
     from h3scale.fusion.execute import plan_fusion
+    from h3scale.model.tiny import make_models
 
     transformers_logging.disable_progress_bar()
+    if TINY in (overrides or []):
+        make_models(checked)
     if dry_run:
         _show(plan_fusion(checked))
         return

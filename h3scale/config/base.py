@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from h3scale.config.tiny import TINY, toy_values
 from h3scale.errors import ConfigError, MissingInputError
 
 
@@ -38,13 +39,17 @@ def find(path: str | Path) -> Path:
 def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None = None) -> R:
     """Reads a recipe, applies `key.sub=value` overrides (values are YAML), checks everything.
 
-    `data=PATH` is short for `data.records=[PATH]`.
+    `data=PATH` is short for `data.records=[PATH]`; `model=tiny` makes it a recipe of toy size (see config.tiny).
 
     Raises ConfigError (78) with all findings, each `file: key: what is wrong (what would work)`.
     """
     values = load_yaml(find(path))
-    for override in overrides or []:
-        _apply(values, override)
+    words = overrides or []
+    if TINY in words:  # first: what else is written on the command line goes over its values as well
+        values = _merge(values, toy_values(values, str(path)))
+    for override in words:
+        if override != TINY:
+            _apply(values, override)
     try:
         return schema.model_validate(values)
     except ValidationError as error:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from h3scale.config.base import Strict
 from h3scale.config.data import SourceList
+from h3scale.config.recipe import DenseFamily
 
 
 class RouterStart(Strict):
@@ -61,6 +62,9 @@ class FuseRecipe(Strict):
     """One base and its aligned models become one mixture of experts."""
 
     base: str = Field(description="Folder of the base model.")
+    family: DenseFamily | None = Field(
+        default=None, description="What the base is. Read by model=tiny alone, which has no folder to see it in."
+    )
     models: dict[str, str] = Field(
         description="alignment: folder of a dense model or of a PEFT LoRA adapter of the base. The order written here is "
         "the order of labels and of experts."

@@ -12,6 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
+DenseFamily = Literal["llama", "mistral", "qwen3"]
 Group = Literal["experts", "router", "ffn", "attention", "norms", "embeddings"]  # of parameters, see model.trainable
 
 
@@ -119,6 +120,8 @@ class TrainRecipe(Strict):
     """One training run: a base from random weights, one alignment (`alignment` set), or a fused model."""
 
     model: str | None = None  # a model folder; None with init: random
+    # What dense family the model is, or was fused from. Read by model=tiny alone, which has no folder to see it in.
+    family: DenseFamily | None = None
     init: Literal["model", "random"] = "model"
     architecture: Architecture | None = None  # with init: random
     tokenizer: str | None = None  # with init: random

@@ -18,6 +18,7 @@ from h3scale.data.parts import Part, hub_name, parts_of
 from h3scale.data.records import BadRow, Record, Row, check_sound, parse_line, record_of, shown
 from h3scale.data.tables import read_hub, read_table
 from h3scale.errors import DataError
+from h3scale.log import logger
 
 MAX_SHOWN = 20  # findings printed before "and N more"
 MAX_BLOCK_BYTES = 8 * 2**20  # of texts; one line can be longer
@@ -89,23 +90,31 @@ def parse_block(block: Block) -> Parsed:
     return parsed
 
 
-def read_records(sources: Sequence[str | Path | Source], alignments: Sequence[str] | None = None) -> list[Record]:
-    """All records of some sources, in order; with `alignments`, only theirs. One bad line is an error here.
+def read_records(
+    sources: Sequence[str | Path | Source], alignments: Sequence[str] | None = None, max_bad: float = 0.0
+) -> list[Record]:
+    """All records of some sources, in order; with `alignments`, only theirs. Bad lines up to the share `max_bad` are left out.
 
     Raises as `parts_of` and `blocks` do, and DataError (65) for every bad line, an id that is used twice, a part without
     records and an alignment that has none.
     """
     records: list[Record] = []
     findings: list[str] = []
+    bad_lines: list[str] = []
     seen: dict[str, str] = {}
     parts = parts_of(sources)
     for part in parts:
         try:
             found, bad = _read_part(part, seen)
         except DataError as error:
-            found, bad = [], error.findings
+            found, bad = [], []
+            findings += error.findings
         records += found
-        findings += bad
+        bad_lines += bad
+    if len(bad_lines) > max_bad * (len(records) + len(bad_lines)):
+        findings += bad_lines
+    elif bad_lines:
+        logger.warning("%d bad records left out, such as %s", len(bad_lines), bad_lines[0])
     if alignments is not None:
         records = [record for record in records if record.alignment in alignments]
         present = {record.alignment for record in records}
@@ -128,7 +137,8 @@ def _read_part(part: Part, seen: dict[str, str]) -> tuple[list[Record], list[str
             place = part.where(number)
             if seen.setdefault(record.id, place) is not place:
                 findings.append((number, f"id '{shown(record.id)}' was used before, in {seen[record.id]}"))
-            records.append(record)
+            else:
+                records.append(record)
     if filtered and not records and not findings:
         return [], [f"{part.path}: no records ({filtered} rows left out by adapter {part.adapter})"]
     return records, [f"{part.where(number)}: {what}" for number, what in sorted(findings)]

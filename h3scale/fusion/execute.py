@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from h3scale.checkpoint.shards import ModelFolder, check_output, copy_tokenizer, new_folder, write_json, write_model
+from h3scale.config.data import Data
 from h3scale.config.fuse import FuseRecipe, RouterStart
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.records import Record, split_by_instruction
@@ -23,6 +24,7 @@ from h3scale.model.names import MOE
 from h3scale.model.start import load_model, load_tokenizer
 
 REPORT = "fuse_report.json"
+MAX_BAD = Data.model_fields["max_bad"].default  # public sets have some bad rows, which training leaves out too
 HELD_SHARE = 0.25  # of the fitted records' number: they set the scale
 
 
@@ -119,10 +121,10 @@ def choose_records(start: RouterStart, alignments: tuple[str, ...]) -> StartReco
 
     Raises DataError (65) for an alignment that has not two records.
     """
-    measure = read_records(start.heldout_records, alignments) if start.heldout_records else []
+    measure = read_records(start.heldout_records, alignments, MAX_BAD) if start.heldout_records else []
     if start.init == "random":
         return StartRecords([], [], measure, "heldout_records" if measure else "nothing")
-    everything = read_records(start.records, alignments)
+    everything = read_records(start.records, alignments, MAX_BAD)
     fit: list[Record] = []
     held: list[Record] = []
     findings = []

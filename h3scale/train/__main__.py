@@ -8,6 +8,7 @@ import traceback
 from h3scale import log
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
+from h3scale.config.tiny import TINY
 from h3scale.errors import H3Error, PeerLostError, UsageError
 
 USAGE = "usage: python -m h3scale.train RECIPE [key=value ...] [--force] [--debug]"
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
         given = [a for a in words if not a.startswith("--")]
         if not given or options - {"--force", "--debug"}:
             raise UsageError(USAGE)
-        recipe = load_recipe(TrainRecipe, given[0], given[1:])
+        recipe = _recipe(given[0], given[1:])
         from h3scale.train.loop import train
 
         out = train(recipe, given[0], force="--force" in options)
@@ -58,6 +59,15 @@ def _peer_lost(error: Exception) -> bool:
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _recipe(path: str, overrides: list[str]) -> TrainRecipe:
+    recipe = load_recipe(TrainRecipe, path, overrides)
+    if TINY in overrides:
+        from h3scale.model.tiny import make_models
+
+        make_models(recipe)
+    return recipe
 
 
 def _leave() -> None:

@@ -213,6 +213,17 @@ def test_damage_inside_a_packed_file_is_told(tmp_path: Path) -> None:
 # --- tables ---
 
 
+def test_bad_lines_up_to_a_share_are_left_out_and_one_more_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [line(id=str(i)) for i in range(8)]
+    path = put(tmp_path, b"".join([*rows[:4], line(id="0"), *rows[4:], line(id="8", prompt=5)]))
+    with pytest.raises(DataError) as caught:
+        read_records([path], max_bad=0.19)
+    assert len(caught.value.findings) == 2
+    with caplog.at_level("WARNING", logger="h3scale"):
+        assert [record.id for record in read_records([path], max_bad=0.2)] == [str(i) for i in range(8)]
+    assert f"2 bad records left out, such as {path}:5: id '0' was used before" in caplog.text
+
+
 def test_parquet_rows_are_records_and_bad_ones_have_their_row(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     good = table(tmp_path, [{"alignment": "x", "messages": talk, "id": None}], "with [1] brackets.parquet")

@@ -5,31 +5,25 @@ python -m tests.distributed.dump_gradients RECIPE OUT LAUNCHES CASES
 LAUNCHES is JSON, name -> [ranks, overrides of the recipe]; CASES, name -> overrides of the recipe's losses. Written for
 each launch: OUT/NAME/lines.json, the metrics of each case, and gradients.pt, for each case one dict an EP rank; of a
 launch with a fused model and several ranks that hold the same experts also resume.json, see `resume`.
-
-Ranks are forked from this process, so the slow imports happen once; apart from that they are started as torchrun does.
 """
 
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 
-import deepspeed  # noqa: F401  before the fork
 import torch
 import torch.distributed as dist
-import transformers  # noqa: F401  before the fork
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
-from h3scale.launch.local import free_port
 from h3scale.model.trainable import whole_shape
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.loop import make_loader, one_step, seed_everything
 from h3scale.train.loss import Counts
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import Metrics
+from tests.distributed.forked import launch
 
 START_SHARE = 0.9  # the anchor is moved there, so that the drift and its gradient are not zero at the first step
 
@@ -134,23 +128,9 @@ def rank_main(path: str, out: Path, cases: dict[str, list[str]], overrides: list
     dist.destroy_process_group()
 
 
-def launch(path: str, out: Path, cases: dict[str, list[str]], ranks: int, overrides: list[str]) -> None:
-    """Raises SystemExit where a rank fails."""
-    out.mkdir(parents=True)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks))
-    processes = []
-    for rank in range(ranks):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        process = multiprocessing.get_context("fork").Process(target=rank_main, args=(path, out, cases, overrides))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit(f"{out.name}: exit codes {[process.exitcode for process in processes]}")
-
-
 if __name__ == "__main__":
     recipe_path, folder, launches, all_cases = sys.argv[1:]
     for title, (num_ranks, *changes) in json.loads(launches).items():
-        launch(recipe_path, Path(folder) / title, json.loads(all_cases), num_ranks, changes)
+        place = Path(folder) / title
+        place.mkdir(parents=True)
+        launch(title, num_ranks, rank_main, recipe_path, place, json.loads(all_cases), changes)

@@ -1,0 +1,27 @@
+"""Ranks forked from one process, so that the slow imports happen once; apart from that they are started as torchrun does."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed  # noqa: F401  before the fork
+import transformers  # noqa: F401  before the fork
+
+from h3scale.launch.local import free_port
+
+
+def launch(title: str, ranks: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Runs `target(*arguments)` on every rank. Raises SystemExit where one fails."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    processes = []
+    for rank in range(ranks):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"{title}: exit codes {[process.exitcode for process in processes]}")

@@ -31,7 +31,7 @@ def toy_values(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 def toy_lines(values: dict[str, Any]) -> list[str]:
     """A line for each replaced key, with its value in the recipe that runs."""
-    return [f"tiny: {key}: {_at(values, key)}" for key in _keys(_replaced(values))]
+    return [f"tiny: {key}: {_shown(_at(values, key))}" for key in _keys(_replaced(values))]
 
 
 def _replaced(values: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +81,11 @@ def _keys(values: dict[str, Any], above: str = "") -> Iterator[str]:
             yield from _keys(value, f"{above}{key}.")
         else:
             yield above + key
+
+
+def _shown(value: Any) -> Any:
+    """Sources by their paths, as people write them."""
+    return [item["path"] if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
 
 
 def _at(values: dict[str, Any], key: str) -> Any:

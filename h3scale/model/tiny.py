@@ -113,6 +113,9 @@ def _fused(family: str, alignments: tuple[str, ...]) -> nn.Module:
 def _once(folder: Path, make: Callable[[], Any]) -> None:
     if folder.is_dir():
         return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of a second, on every rank
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     make().save_pretrained(str(partial))
     tiny_tokenizer().save_pretrained(str(partial))

@@ -1,7 +1,7 @@
 """What is trained and what is frozen, by group names that mean the same in dense and mixture-of-experts models."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from torch import nn
@@ -25,13 +25,12 @@ def group_of(name: str) -> str:
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), "other")
 
 
-def freeze(model: nn.Module, trainable: Sequence[str]) -> dict[str, int]:
-    """Sets requires_grad of every parameter; gives the number of trained elements of each group.
+def freeze(model: nn.Module, trainable: Sequence[str]) -> None:
+    """Sets requires_grad of every parameter.
 
     `ffn` in a mixture of experts means its experts, so one recipe serves both; LoRA's updates, where there are any, are always
     trained. Raises ConfigError (78) for a group that the model does not have.
     """
-    counts: dict[str, int] = {}
     present = {group_of(name) for name, _ in model.named_parameters()}
     wanted = set(trainable)
     if "ffn" in wanted and "experts" in present:
@@ -44,9 +43,20 @@ def freeze(model: nn.Module, trainable: Sequence[str]) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         group = group_of(name)
         parameter.requires_grad_("all" in wanted or group in wanted)
-        if parameter.requires_grad:
-            counts[group] = counts.get(group, 0) + prod(whole_shape(parameter))
-    return counts
+
+
+def what_is_trained(model: nn.Module, rates: Mapping[str, float]) -> list[str]:
+    """Two lines for people, after `freeze`: the groups that are trained, each with its learning rate, and those that are not."""
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for name, parameter in model.named_parameters():
+        group, side = group_of(name), counts[parameter.requires_grad]
+        side[group] = side.get(group, 0) + prod(whole_shape(parameter))
+    lines = []
+    for title, side in zip(("trained", "frozen"), counts.values(), strict=True):
+        known = rates if title == "trained" else {}
+        groups = [f"{group} {count:,}" + (f" (lr {known[group]:g})" if group in known else "") for group, count in side.items()]
+        lines.append(f"{title}: {', '.join(groups) or 'nothing'}; {sum(side.values()):,} parameters")
+    return lines
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from h3scale.model.experts import ExpertMap
 from h3scale.model.families import AUTOEP_PRESETS, num_experts
 from h3scale.model.lora import add_lora
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, random_llama
-from h3scale.model.trainable import freeze, group_of, whole_shape
+from h3scale.model.trainable import freeze, group_of, what_is_trained, whole_shape
 from h3scale.train.anchor import expert_gammas
 from h3scale.train.balance import check_balance
 from h3scale.train.load import empty_model, fill, freed_memory_returned
@@ -79,18 +79,17 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         check_tokenizer(model, tokenizer, where)
         if recipe.lora:
             add_lora(model, recipe.lora)
-        counts = freeze(model, recipe.trainable)
+        freeze(model, recipe.trainable)
+        groups = _groups(model, recipe, ds_config)
+        for line in what_is_trained(model, {group["name"].split(",")[0]: group["peak_lr"] for group in groups}):
+            logger.info("%s", line)
         if recipe.activation_checkpointing:
             # Reentrant checkpoints would record the router's logits without their graph: a router loss without gradient.
             cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        engine, *_ = deepspeed.initialize(
-            model=model, config=ds_config, optimizer=None, model_parameters=_groups(model, recipe, ds_config)
-        )
+        engine, *_ = deepspeed.initialize(model=model, config=ds_config, optimizer=None, model_parameters=groups)
         if recipe.model and zero_stage:
             fill(engine, Path(recipe.model))
     _limit_all_groups(timeout)
-    total = sum(counts.values())
-    logger.info("trained: %s", ", ".join(f"{group} {count:,}" for group, count in counts.items()) + f" ({total:,} parameters)")
     return Run(
         engine=engine,
         tokenizer=tokenizer,
@@ -178,10 +177,9 @@ def _groups(model: torch.nn.Module, recipe: TrainRecipe, ds_config: dict[str, An
     for group, parameter in trained:
         decay = 0.0 if group == "router" or len(whole_shape(parameter)) < 2 else optimizer.weight_decay
         # DeepSpeed splits groups into dense and expert ones and needs their names for it
-        name = f"{group if group in rates else 'others'}, {'decay' if decay else 'no decay'}"
-        rate = rates.get(group, optimizer.learning_rate)
-        groups.setdefault(name, {"name": name, "lr": rate, "peak_lr": rate, "weight_decay": decay, "params": []})
-        groups[name]["params"].append(parameter)
+        name = f"{group}, {'decay' if decay else 'no decay'}"
+        empty = {"name": name, "lr": rates[group], "peak_lr": rates[group], "weight_decay": decay, "params": []}
+        groups.setdefault(name, empty)["params"].append(parameter)
     return list(groups.values())
 
 
@@ -194,7 +192,7 @@ def _implementation(ds_config: dict[str, Any]) -> dict[str, bool]:
 
 
 def learning_rates(optimizer: Optimizer, trained: set[str]) -> dict[str, float]:
-    """The learning rates of single groups, by the model's own names. ConfigError (78) for a group that is not trained."""
+    """The learning rate of each trained group, by the model's own names. ConfigError (78) for another group that has one."""
     rates: dict[str, float] = {str(group): rate for group, rate in optimizer.learning_rates.items()}
     if "ffn" in rates and "experts" in trained:  # as in `trainable`
         rates["experts"] = rates.pop("ffn")
@@ -202,7 +200,7 @@ def learning_rates(optimizer: Optimizer, trained: set[str]) -> dict[str, float]:
     if idle:
         works = ", ".join(sorted(trained))
         raise ConfigError([f"optimizer.learning_rates: '{group}' is not trained (works: {works})" for group in idle])
-    return rates
+    return {group: rates.get(group, optimizer.learning_rate) for group in trained}
 
 
 def set_learning_rate(engine: Any, share: float) -> None:

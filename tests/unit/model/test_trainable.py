@@ -4,7 +4,7 @@ import pytest
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from h3scale.errors import ConfigError
-from h3scale.model.trainable import freeze, group_of
+from h3scale.model.trainable import freeze, group_of, what_is_trained
 from tests.tiny import tiny_config
 
 
@@ -21,11 +21,25 @@ def trained(model: LlamaForCausalLM | MixtralForCausalLM) -> set[str]:
 
 def test_ffn_is_the_experts_of_a_mixture() -> None:
     dense, mixture = LlamaForCausalLM(tiny_config()), moe()
-    counts = freeze(dense, ["ffn"])
+    freeze(dense, ["ffn"])
     assert trained(dense) == {"ffn"}
-    assert counts == {"ffn": sum(p.numel() for n, p in dense.named_parameters() if ".mlp." in n)}
     freeze(mixture, ["ffn", "router"])
     assert trained(mixture) == {"experts", "router"}
+
+
+def test_what_is_trained_and_frozen_is_told_with_numbers_and_rates() -> None:
+    model = moe()
+    freeze(model, ["router", "experts"])
+    numel = {True: 0, False: 0}
+    for parameter in model.parameters():
+        numel[parameter.requires_grad] += parameter.numel()
+    found = what_is_trained(model, {"router": 1e-2})
+    router = sum(p.numel() for n, p in model.named_parameters() if ".gate." in n)
+    assert found[0].startswith("trained: ")
+    assert f"router {router:,} (lr 0.01)" in found[0]
+    assert found[0].endswith(f"; {numel[True]:,} parameters")
+    assert found[1].startswith("frozen: embeddings ")
+    assert found[1].endswith(f"; {numel[False]:,} parameters")
 
 
 def test_freezing_again_forgets_what_was_trained_before() -> None:

@@ -18,8 +18,8 @@ def test_groups_have_their_own_learning_rates() -> None:
 
 
 def test_ffn_means_the_experts_of_a_fused_model() -> None:
-    assert learning_rates(optimizer(ffn=1e-4), {"router", "experts"}) == {"experts": 1e-4}
-    assert learning_rates(optimizer(ffn=1e-4), {"ffn", "attention"}) == {"ffn": 1e-4}
+    assert learning_rates(optimizer(ffn=1e-4), {"router", "experts"}) == {"experts": 1e-4, "router": 1e-3}
+    assert learning_rates(optimizer(ffn=1e-4), {"ffn", "attention"}) == {"ffn": 1e-4, "attention": 1e-3}
 
 
 def test_a_learning_rate_of_what_is_frozen_is_a_finding() -> None:

@@ -23,7 +23,7 @@ from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, ran
 from h3scale.model.trainable import freeze, group_of, what_is_trained, whole_shape
 from h3scale.train.anchor import expert_gammas
 from h3scale.train.balance import check_balance
-from h3scale.train.load import empty_model, fill, freed_memory_returned
+from h3scale.train.load import computes_in, empty_model, fill, freed_memory_returned
 
 
 @dataclass
@@ -65,8 +65,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     ds_config = complete(values, recipe, where, world_size, moe, ranks_per_node)
     zero_stage = _stage(ds_config)
-    if moe and zero_stage == 0:
-        raise ConfigError(f"{where}: deepspeed: {recipe.deepspeed} has ZeRO stage 0, and experts need sharding (works: 1, 2, 3)")
+    _check_stage(zero_stage, ds_config, bool(moe), f"{where}: deepspeed: {recipe.deepspeed}")
     if expert_map:
         expert_gammas(recipe.drift, expert_map)  # its findings before anything is started
         check_balance(recipe.router, expert_map)
@@ -149,7 +148,15 @@ def _model(recipe: TrainRecipe, tokenizer: Any, ds_config: dict[str, Any]) -> to
     if recipe.architecture and recipe.init == "random":
         return random_llama(recipe.architecture, tokenizer, recipe.seed, recipe.data.sequence_length)
     folder = Path(recipe.model or "")
-    return empty_model(folder, ds_config) if _stage(ds_config) == 3 else load_model(folder)
+    return empty_model(folder, ds_config) if _stage(ds_config) == 3 else load_model(folder, computes_in(ds_config))
+
+
+def _check_stage(zero_stage: int, ds_config: dict[str, Any], has_experts: bool, where: str) -> None:
+    """ConfigError (78) for stage 0 with experts, which need sharding, or with bf16, whose masters DeepSpeed hides there."""
+    why = [("experts need sharding", has_experts), ("bf16 needs it for its fp32 masters", computes_in(ds_config) != torch.float32)]
+    findings = [f"{where} has ZeRO stage 0, and {reason} (works: 1, 2, 3)" for reason, holds in why if holds]
+    if zero_stage == 0 and findings:
+        raise ConfigError(findings)
 
 
 def _stage(ds_config: dict[str, Any]) -> int:

@@ -38,13 +38,17 @@ def empty_model(folder: Path, ds_config: dict[str, Any]) -> nn.Module:
 
     check_tensors(ModelFolder(folder))
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
     # Buffers are made, and in fp32: deepspeed.zero.Init as a context would round the rotary frequencies to bf16.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=computes_in(ds_config), trust_remote_code=False)
     model.tie_weights()
     _cut(model, ds_config)
     return model
+
+
+def computes_in(ds_config: dict[str, Any]) -> torch.dtype:
+    """What forward and backward compute in."""
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
 def _cut(model: nn.Module, ds_config: dict[str, Any]) -> None:

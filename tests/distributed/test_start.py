@@ -135,3 +135,12 @@ def test_a_folder_that_is_not_the_models_is_refused_with_every_finding(
         assert f"error: {folder}: " in shown, shown
         assert said in shown, shown
         assert not (tmp_path / "out").exists()
+
+
+def test_stage_0_is_refused_for_experts_and_for_bf16(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(BF16 | {"zero_optimization": {"stage": 0}}))
+    words = [str(world / "recipe.yaml"), f"out={tmp_path / 'out'}", f"deepspeed={tmp_path / 'ds.json'}"]
+    assert run_ranks(rank_command("h3scale.train", words), 1) == 78
+    shown = capfd.readouterr().err
+    assert "has ZeRO stage 0, and experts need sharding (works: 1, 2, 3)" in shown
+    assert "has ZeRO stage 0, and bf16 needs it for its fp32 masters (works: 1, 2, 3)" in shown

@@ -94,7 +94,9 @@ class Summary:
 
 
 def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -> TrainingCheckpoint:
-    """The checkpoint that `source` names: a step folder, a run folder (its newest step), or a DeepSpeed tag folder.
+    """The checkpoint that `source` names: a step folder, a run folder, or a DeepSpeed tag folder.
+
+    Of a run's steps it is the one that its manifest calls the best (evaluation.keep_best), else the newest.
 
     A tag folder needs `config_from`, a folder with config.json. Raises MissingInputError (66) with what would work.
     """
@@ -104,7 +106,8 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
     if not (path / MANIFEST).is_file():
         steps = [p for p in path.iterdir() if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
         if steps:
-            path = max(steps, key=lambda p: int(p.name.removeprefix("step-")))
+            best = [p for p in steps if read_json(p / MANIFEST).get("best")]
+            path = max(best or steps, key=lambda p: int(p.name.removeprefix("step-")))
     if (path / MANIFEST).is_file():
         model = Path(config_from) if config_from else path / "model"
         return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))

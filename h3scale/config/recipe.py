@@ -100,6 +100,40 @@ class Drift(Strict):
     gammas: dict[str, NotNegative] = Field(default_factory=dict)
 
 
+class Guards(Strict):
+    """What is watched while a run goes on, and what it is not let do."""
+
+    # Takes the largest micro-batch through forward and backward before step 0, so that a run that does not fit says so in
+    # its first minute and not in the night. It costs the time of two micro-batches and changes nothing.
+    dry_run: bool = True
+    # A step whose loss or gradient is not finite is left out. One such batch is bad luck or bad data; after five different ones
+    # in a row the weights or the learning rate are at fault, and the rest of the run would be computed for nothing.
+    max_skipped_in_a_row: Positive = 5
+    # Warns where lm is so many standard deviations above the mean of the last 100 steps. Batches are balanced by alignment, so
+    # their losses differ little: of normal noise six hits once in a billion steps.
+    spike_sigmas: float = Field(default=6.0, gt=0)
+    # Warns where an expert gets less than this share of an even share of the tokens for so many steps on end. A tenth is
+    # far from any uneven mixture that one trains on, and 50 steps outlast a phase in which a router looks for its way.
+    collapse_share: Share = 0.1
+    collapse_steps: Positive = 50
+
+
+class Evaluation(Strict):
+    """Held-out records, scored while the run goes on: NLL per target token and router accuracy by alignment.
+
+    Every rank takes its share. The training is the same with and without it, bit for bit.
+    """
+
+    records: Sources  # of every alignment that the run trains
+    every: Positive  # steps; the end of the run is always scored
+    at_start: bool = False  # also before step 1
+    records_per_alignment: Positive | None = None  # the first so many of each; null is all of them
+    # What the run leaves is the step with the lowest NLL, and the last step beside it. The mean over the alignments decides, each
+    # counting the same: over the tokens, the alignment with the longest answers would decide alone. Each new best is a checkpoint
+    # on disk; the one before goes when it is complete.
+    keep_best: bool = False
+
+
 class Tracking(Strict):
     """Who is told each step's figures, beside metrics.jsonl, which is always written. A tracker that fails is switched off.
 
@@ -136,6 +170,8 @@ class TrainRecipe(Strict):
     optimizer: Optimizer
     router: RouterLoss = RouterLoss()
     drift: Drift = Drift()
+    guards: Guards = Guards()
+    evaluation: Evaluation | None = None
     tracking: Tracking = Tracking()
     # Keeps a block's input alone and computes the rest again in backward: a third more time for much less memory.
     activation_checkpointing: bool = False

@@ -32,6 +32,9 @@ class Batch:
     roles: Tensor
     record_ids: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 def collate(
     rows: Sequence[Sequence[int] | np.ndarray], records: Tokens, length: int, pad_id: int, prompt_weight: float = 0.0

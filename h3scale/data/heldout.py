@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from h3scale.data.duplicates import digest_of_words, words
 from h3scale.data.lines import read_lines
 from h3scale.data.records import BadRow, joined, kind_of, names_of, optional_text, parse_line, text_of
+from h3scale.data.store import Tokens
 from h3scale.errors import DataError, MissingInputError
 
 MAX_SHOWN = 20  # findings printed before "and N more"
@@ -96,6 +97,23 @@ class Heldout:
 def _spans(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """starts[0], starts[0] + 1, ... `counts[0]` of them, then from starts[1] on, and so on."""
     return np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
+def seen_prompts(heldout: Tokens, training: Tokens) -> NDArray[np.int64]:
+    """The numbers of held-out records whose prompt, token by token, some training record has too; only labelled records count.
+
+    Both must be of the same tokenizer. Of a conversation the prompt is as many tokens from its start as are not answers.
+    """
+    known = {prompt for _, prompt in _prompts(heldout)}
+    found = {prompt for _, prompt in _prompts(training) if prompt in known}
+    return np.array([i for i, prompt in _prompts(heldout) if prompt in found], np.int64)
+
+
+def _prompts(records: Tokens) -> Iterator[tuple[int, bytes]]:
+    sizes = (records.lengths - records.responses).tolist()
+    starts = records.starts.tolist()
+    for i in np.flatnonzero(records.labels >= 0).tolist():
+        yield i, (records.tokens[starts[i] : starts[i] + sizes[i]] & records.id_mask).tobytes()
 
 
 def heldout_prompts(path: str | Path) -> list[str]:

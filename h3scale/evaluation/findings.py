@@ -93,7 +93,10 @@ def _alignments(results: dict[str, Any], router: dict[str, Any]) -> list[str]:
 
 
 def _runs(out: Path) -> dict[str, list[Line]]:
-    """Metrics of every run under checkpoints/ and models/; of a step written twice (a resumed run), the later line."""
+    """Metrics of every run under checkpoints/ and models/, one line a step: its own figures and those of held-out records.
+
+    Of figures written twice (a resumed run), the later ones.
+    """
     runs = {}
     for folder in (out / "models", out / "checkpoints"):
         for path in sorted(folder.rglob("metrics.jsonl")):
@@ -101,7 +104,7 @@ def _runs(out: Path) -> dict[str, list[Line]]:
             for text in path.read_text(encoding="utf-8").splitlines():
                 line = _parse(text)
                 if "step" in line:
-                    steps[line["step"]] = line
+                    steps.setdefault(line["step"], {}).update(line)
             if steps:
                 runs[path.parent.relative_to(folder).as_posix()] = [steps[step] for step in sorted(steps)]
     return runs

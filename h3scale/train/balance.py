@@ -24,6 +24,7 @@ class Balance:
         self.member_AE = member_AE
         sizes_A = member_AE.sum(-1, keepdim=True, dtype=torch.float64)
         self.shares_LE = (member_AE / sizes_A).sum(0).expand(num_layers, -1).clone()
+        self.before_LE = self.shares_LE
         self.chosen_LE = torch.zeros_like(self.shares_LE)
 
     def add(self, router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor) -> None:
@@ -36,8 +37,13 @@ class Balance:
         together_AEE = self.member_AE.unsqueeze(-1) & self.member_AE.unsqueeze(-2)
         tokens_LE = self.chosen_LE @ together_AEE.any(0).double()  # of the expert's alignment
         shares_LE = self.chosen_LE / tokens_LE.clamp_min(1)
+        self.before_LE = self.shares_LE
         self.shares_LE = torch.where(tokens_LE > 0, shares_LE, self.shares_LE)  # no token of it in this batch: as before
         self.chosen_LE = torch.zeros_like(self.shares_LE)
+
+    def undo_step(self) -> None:
+        """The shares as they were before `close_step`."""
+        self.shares_LE = self.before_LE
 
     def state_dict(self) -> dict[str, Any]:
         return {"shares": self.shares_LE}

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from h3scale import log
 from h3scale.config.recipe import TrainRecipe
-from h3scale.train.metrics import LOSSES
+from h3scale.train.metrics import HELD_OUT, LOSSES
 from h3scale.train.timing import ALL_TO_ALL, PHASES
 from h3scale.train.trackers import Line, Tracker
 
@@ -38,12 +38,16 @@ class View:
         self.title, self.steps = title, steps
         self.alignments, self.experts, self.notes = list(alignments), list(experts), list(notes)
         self.line: Line = {}
+        self.held_out: Line = {}  # the last of these lines
         self.curves: dict[str, deque[float]] = {}
         self.seconds: deque[float] = deque(maxlen=RECENT)
         self.began = time.monotonic()
 
     def take(self, line: Line) -> None:
-        """The line of one more step."""
+        """The line of one more step, or of held-out records after one."""
+        if "seconds" not in line:
+            self.held_out = line
+            return
         self.line = line
         self.seconds.append(line["seconds"])
         for name in LOSSES:
@@ -92,7 +96,8 @@ class View:
         names = [name for name in LOSSES if name in self.curves]
         room = width - max(len(name) for name in (*names, "loss")) - 14
         for name in names:
-            table.add_row(name, f"{self.line[name]:.4g}", Text(sparkline(self.curves[name], room, self.levels), style="cyan"))
+            now = f"{self.line[name]:.4g}" if name in self.line else "not finite"
+            table.add_row(name, now, Text(sparkline(self.curves[name], room, self.levels), style="cyan"))
         return table
 
     def _alignments(self, width: int) -> RenderableType | None:
@@ -100,10 +105,14 @@ class View:
         if not shown:
             return None
         routed = any(f"router_accuracy/{a}" in self.line for a in shown)
-        table = _table("alignment", "lm", *(["router", "right experts"] if routed else []))
-        room = width - max(len(a) for a in (*shown, "alignment")) - 26
+        unseen = bool(self.held_out)
+        table = _table("alignment", "lm", *(["held out"] if unseen else []), *(["router", "right experts"] if routed else []))
+        room = width - max(len(a) for a in (*shown, "alignment")) - 26 - 10 * unseen
         for alignment in shown:
             row: list[RenderableType] = [self._name(alignment), f"{self.line[f'lm/{alignment}']:.3f}"]
+            if unseen:
+                value = self.held_out.get(f"{HELD_OUT}lm/{alignment}")
+                row.append("" if value is None else f"{value:.3f}")
             accuracy = self.line.get(f"router_accuracy/{alignment}")
             if accuracy is not None:
                 right = Text(bar(accuracy, room, self.blocks), style=self._colour(alignment)).append(f" {accuracy:4.0%}", "default")
@@ -192,7 +201,10 @@ class PlainLines:
         self.bar = log.Progress("train", steps, "steps")
 
     def write(self, step: int, line: Line) -> None:
-        self.bar.advance(1, summary(line))
+        if "seconds" in line:
+            self.bar.advance(1, summary(line))
+        else:
+            log.logger.info("step %d: %s", step, held_out_summary(line))
 
     def close(self) -> None:
         if self.bar.on_terminal and 0 < self.bar.done < self.bar.total:
@@ -216,6 +228,12 @@ def summary(line: Line) -> str:
     parts += [f"right experts {min(accuracy):.0%}+"] if accuracy else []
     parts.append(f"{log.short(line['tokens_per_s'])} tokens/s")
     return "  ".join(parts + ([f"MFU {line['mfu']:.1%}"] if "mfu" in line else []))
+
+
+def held_out_summary(line: Line) -> str:
+    """NLL of held-out records, for one line."""
+    names = {name.removeprefix(f"{HELD_OUT}lm"): value for name, value in line.items() if name.startswith(f"{HELD_OUT}lm")}
+    return "held out: " + "  ".join(f"{name.removeprefix('/') or 'lm'} {value:.4f}" for name, value in names.items())
 
 
 def bar(share: float, width: int, blocks: str = BLOCKS) -> str:

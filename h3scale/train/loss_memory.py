@@ -31,6 +31,11 @@ class LossMemory:
             self.balance.close_step()
         return {"drift": self.anchor.close_step()} if self.anchor else {}
 
+    def undo_step(self) -> None:
+        """After `close_step` of a step that is left out: nothing is remembered of it."""
+        if self.balance:
+            self.balance.undo_step()
+
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of the state of a run."""
         parts = {"anchor": self.anchor, "balance": self.balance}

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from h3scale.errors import DivergedError
 from h3scale.log import logger
 from h3scale.train.timing import ALL_TO_ALL, PHASES, StepClock
 from h3scale.train.trackers import JsonLines, Tracker
+from h3scale.train.watch import Watch
 
 # The losses of a line, in order, and the count of the global batch that the sum is divided by; None: it is divided already.
 LOSSES = {"lm": "targets", "router": "votes", "router_z": "votes", "router_balance": "votes", "drift": None}
 GIB = 2**30
+HELD_OUT = "heldout/"  # begins the names of figures of held-out records
 OWN = (*PHASES, ALL_TO_ALL, "memory_gib")  # figures of one rank each, which are not added up
 
 
@@ -39,10 +41,12 @@ class Metrics:
         device: torch.device,
         experts: Sequence[str] = (),
         peak_flops: float | None = None,
+        watch: Watch | None = None,
     ):
         self.alignments, self.device, self.experts = alignments, device, list(experts)
         self.peak_flops = peak_flops  # of one rank's device
         self.trackers: list[Tracker] = [JsonLines(path)] if dist.get_rank() == 0 else []
+        self.watch = watch if dist.get_rank() == 0 else None
         self.sums: dict[str, Tensor] = {}
         self.clock = StepClock(device)
         self.began = time.monotonic()
@@ -60,7 +64,7 @@ class Metrics:
     def close_step(
         self, step: int, targets: float, votes: int, tokens: int, extra: dict[str, Any], flops: int = 0
     ) -> dict[str, Any]:
-        """Reduces over the ranks (every rank calls this), tells the trackers, gives the line. DivergedError (76) on NaN.
+        """Reduces over the ranks (every rank calls this), tells the trackers, gives the line; what is not finite is not in it.
 
         `tokens`: prompt and response tokens of the global batch. `flops`: what its model needs (model.flops), 0 if unknown.
         """
@@ -71,17 +75,30 @@ class Metrics:
         counts = {"targets": targets, "votes": votes, None: 1}
         line: dict[str, Any] = {"step": step}
         line |= {name: sums[name].item() / counts[per] for name, per in LOSSES.items() if name in sums}
-        line |= self._by_alignment(sums)
+        line |= by_alignment(sums, self.alignments)
         if self.experts and "tokens_per_expert_LE" in sums:
             line |= expert_load(sums["tokens_per_expert_LE"], self.experts)
         line |= extra | {"targets": targets, "tokens": tokens, "tokens_per_s": round(tokens / seconds, 1), "seconds": seconds}
         if flops and self.peak_flops:
             line["mfu"] = flops / (seconds * dist.get_world_size() * self.peak_flops)
         line |= own
-        self._check(step, line)
-        for tracker in self.trackers:
-            tracker.write(step, line)
+        self._drop_not_finite(step, line)
+        if self.watch:
+            line |= self.watch.take(line)
+        self._write(step, line)
         return line
+
+    def held_out(self, step: int, figures: dict[str, float]) -> None:
+        """A line of its own for what held-out records say after a step."""
+        self._write(step, {"step": step, **figures})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, time counts for no step."""
+        began = time.monotonic()
+        with self.clock.ignored():
+            yield
+        self.began += time.monotonic() - began
 
     def close(self) -> None:
         """Closes the trackers."""
@@ -107,22 +124,28 @@ class Metrics:
         times = {f"seconds/{name}": round(greatest[name], 5) for name in OWN[:-1] if name in PHASES or greatest[name]}
         return sums, {**times, "memory_gib": round(greatest["memory_gib"], 3)}
 
-    def _by_alignment(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        line = {}
-        for a, alignment in enumerate(self.alignments):
-            if sums.get(f"targets/{alignment}"):
-                line[f"lm/{alignment}"] = (sums[f"lm/{alignment}"] / sums[f"targets/{alignment}"]).item()
-            if "votes_A" in sums and sums["votes_A"][a]:
-                line[f"router/{alignment}"] = (sums["router_A"][a] / sums["votes_A"][a]).item()
-                line[f"router_accuracy/{alignment}"] = (sums["routed_A"][a] / sums["votes_A"][a]).item()
-        return line
+    def _write(self, step: int, line: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.write(step, line)
 
-    def _check(self, step: int, line: dict[str, Any]) -> None:
-        broken = [name for name in LOSSES if not math.isfinite(line.get(name, 0))]
-        if broken:
-            raise DivergedError([f"step {step}: {name} is {line[name]} (try a lower optimizer.learning_rate)" for name in broken])
+    def _drop_not_finite(self, step: int, line: dict[str, Any]) -> None:
+        """JSON knows no NaN. Of a skipped step the guard has said what matters."""
         for name in [name for name, value in line.items() if not math.isfinite(value)]:
-            logger.warning("step %d: %s is %s", step, name, line.pop(name))
+            value = line.pop(name)
+            if dist.get_rank() == 0 and "skipped" not in line:
+                logger.warning("step %d: %s is %s", step, name, value)
+
+
+def by_alignment(sums: dict[str, Tensor], alignments: Sequence[str]) -> dict[str, float]:
+    """lm, router loss and router accuracy of each alignment from the sums over all ranks; nothing of one without tokens."""
+    line = {}
+    for a, alignment in enumerate(alignments):
+        if sums.get(f"targets/{alignment}"):
+            line[f"lm/{alignment}"] = (sums[f"lm/{alignment}"] / sums[f"targets/{alignment}"]).item()
+        if "votes_A" in sums and sums["votes_A"][a]:
+            line[f"router/{alignment}"] = (sums["router_A"][a] / sums["votes_A"][a]).item()
+            line[f"router_accuracy/{alignment}"] = (sums["routed_A"][a] / sums["votes_A"][a]).item()
+    return line
 
 
 def expert_load(counts_LE: Tensor, experts: Sequence[str]) -> dict[str, float]:

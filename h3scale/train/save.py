@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,26 @@ from h3scale.train.engine import Run
 PROBE_TOKENS = 64
 
 
-def save_folder(run: Run, recipe: TrainRecipe, run_folder: Path, out: Path, force: bool) -> Path:
-    """Writes a model that is not sharded (ZeRO-0 to 2) as a Hugging Face folder, with the run's own files (figures, logs) in it.
+def write_folder(run: Run, recipe: TrainRecipe, folder: Path, force: bool = False) -> None:
+    """Writes a model that is not sharded (ZeRO-0 to 2) as a Hugging Face folder, which appears when it is complete.
 
     Values are the optimizer's fp32 master weights, one parameter at a time in memory; rank 0 writes, every rank calls this:
     the masters are spread over the ranks, and so are the experts.
     """
     config = _config(run)
-    shapes = expected_shapes(config, out)
+    shapes = expected_shapes(config, folder)
     origins = {name: stored_as(name, run.moe_type) for name in shapes}
     # What comes out of one parameter stands together: it is put together once.
     specs = [TensorSpec(name, shapes[name], torch.float32) for name in sorted(shapes, key=lambda name: origins[name][0])]
     gather = _Gather(run, recipe)
     if run.rank == 0:
-        with new_folder(out, force) as folder:
-            write_model(folder, config, specs, lambda name: gather.tensor(*origins[name]), what="save")
-            _save_extras(run, recipe, folder)
-            for path in list(run_folder.iterdir()):
-                path.rename(folder / path.name)
-            run_folder.rmdir()
+        with new_folder(folder, force) as partial:
+            write_model(partial, config, specs, lambda name: gather.tensor(*origins[name]), what="save")
+            _save_extras(run, recipe, partial)
     else:
         for spec in specs:
             gather.tensor(*origins[spec.name])
     dist.barrier()
-    return out
 
 
 class _Gather:
@@ -85,35 +80,29 @@ class _Gather:
         return merged(name, values, self.scale, self._whole) if updates_of(name)[0] in self.parameters else values
 
 
-def save_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, run_folder: Path, out: Path) -> Path:
-    """Writes a sharded checkpoint `out/step-K`: all ranks into the run's folder, hashes, manifest, one rename by rank 0.
+def write_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, folder: Path, step: int, facts: dict[str, Any]) -> None:
+    """Writes a sharded checkpoint of the model after so many steps: all ranks, hashes, and at last the manifest by rank 0.
 
     Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `probe.safetensors` (a fixed input and
-    the engine's logits on it, to prove a later conversion), `manifest.json` (sizes and sha256 of all files).
+    the engine's logits on it, to prove a later conversion), `manifest.json` (sizes and sha256 of all files, and `facts`).
     """
-    partial = run_folder / f"step-{recipe.steps:06d}"
     probe = _probe(run, loader)
     if run.rank == 0:
-        (partial / "model").mkdir(parents=True)
+        (folder / "model").mkdir(parents=True)
     dist.barrier()
-    # DeepSpeed's own `latest` may name a torn checkpoint; ours appears by the rename below or not at all.
-    run.engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
+    # DeepSpeed's own `latest` may name a torn checkpoint; ours has a manifest or is none.
+    run.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
     if run.rank == 0:
-        write_json(partial / "model" / "config.json", _config(run))
-        _save_extras(run, recipe, partial / "model")
-        save_file(probe, partial / "probe.safetensors")
-        for script in partial.glob("zero_to_*.py"):  # DeepSpeed adds scripts that refuse these very files
+        write_json(folder / "model" / "config.json", _config(run))
+        _save_extras(run, recipe, folder / "model")
+        save_file(probe, folder / "probe.safetensors")
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed adds scripts that refuse these very files
             script.unlink()
     dist.barrier()
-    _commit(run, recipe, loader, partial)
-    if run.rank == 0:
-        shutil.rmtree(out, ignore_errors=True)  # only --force comes here with something there
-        run_folder.rename(out)
-    dist.barrier()
-    return out / partial.name
+    _commit(run, folder, {"step": step, "steps": recipe.steps, **facts, "data": loader.state(step)})
 
 
-def _commit(run: Run, recipe: TrainRecipe, loader: TypedLoader, partial: Path) -> None:
+def _commit(run: Run, partial: Path, facts: dict[str, Any]) -> None:
     """Every rank hashes its share of the files; rank 0 writes the manifest, which makes the folder a checkpoint."""
     listed = [sorted(path for path in partial.rglob("*") if path.is_file()) if run.rank == 0 else []]
     dist.broadcast_object_list(listed)  # one list for all: shared file systems do not show the same to every node at once
@@ -127,11 +116,10 @@ def _commit(run: Run, recipe: TrainRecipe, loader: TypedLoader, partial: Path) -
             partial / "manifest.json",
             {
                 "h3scale": __version__,
-                "step": recipe.steps,
                 "world_size": run.world_size,
                 "ep_size": run.ep_size,
                 "zero_stage": run.zero_stage,
-                "data": loader.state(recipe.steps),
+                **facts,
                 "files": hashes,
             },
         )

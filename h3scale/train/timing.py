@@ -31,6 +31,13 @@ class StepClock:
         yield
         self.spans.append((name, start, self._mark()))
 
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Within, nothing is added to the phases."""
+        before = len(self.spans)
+        yield
+        del self.spans[before:]
+
     def close(self) -> dict[str, float]:
         """Seconds by phase since the last call. On CUDA this waits for the device: call it when the step is over."""
         if self.on_gpu:

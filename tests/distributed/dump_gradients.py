@@ -19,10 +19,11 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.model.trainable import whole_shape
 from h3scale.train.engine import Run, set_learning_rate, start
-from h3scale.train.loop import make_loader, one_step, seed_everything
+from h3scale.train.loop import one_step, seed_everything
 from h3scale.train.loss import Counts
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import Metrics
+from h3scale.train.records import make_loader
 from tests.distributed.forked import launch
 
 START_SHARE = 0.9  # the anchor is moved there, so that the drift and its gradient are not zero at the first step

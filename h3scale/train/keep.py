@@ -1,0 +1,106 @@
+"""Which models of a run are kept, where they are written, and how the run's folder gets its name at the end.
+
+While a run goes on everything is in `.run-NAME` beside `out`; what is complete there is a checkpoint already, should the
+run be killed. A run that shards weights (ZeRO-3) keeps training checkpoints `step-K`, the others Hugging Face folders.
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from h3scale.checkpoint.consolidate import MANIFEST
+from h3scale.checkpoint.shards import new_folder
+from h3scale.config.recipe import TrainRecipe
+from h3scale.data.loader import TypedLoader
+from h3scale.errors import OutputError
+from h3scale.log import logger
+from h3scale.train.engine import Run
+from h3scale.train.run_facts import add_facts
+from h3scale.train.save import write_checkpoint, write_folder
+
+LAST = "last"  # folder of the last model beside the best one
+
+
+class Keeper:
+    """Writes the best models so far and the last one. Every rank calls its methods, with the same arguments."""
+
+    def __init__(self, recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path, out: Path, force: bool):
+        self.recipe, self.run, self.loader = recipe, run, loader
+        self.run_folder, self.out, self.force = run_folder, out, force
+        self.best_step, self.best_nll = 0, math.inf
+        self.keeps_best = bool(recipe.evaluation and recipe.evaluation.keep_best)
+
+    def take(self, step: int, nll: float) -> None:
+        """The model after `step` steps has this mean held-out NLL: kept if it is the best so far, and the one before is not."""
+        if not self.keeps_best or not nll < self.best_nll:
+            return
+        before = self._folder(self.best_step) if self.best_nll < math.inf else None
+        self._write(step, {"best": True, "heldout_nll": nll})
+        self.best_step, self.best_nll = step, nll
+        if before and self.run.rank == 0:  # only now that there is a better one
+            shutil.rmtree(before)
+
+    def finish(self) -> Path:
+        """Gives the run its name; what it leaves: the best step, or the last one."""
+        steps, kept = self.recipe.steps, self.recipe.steps
+        if self.best_nll < math.inf:
+            kept = self.best_step
+            if self.run.rank == 0:
+                logger.info("kept: step %d, held-out lm %.4f; the last step, %d, is beside it", kept, self.best_nll, steps)
+        if kept != steps or self.best_nll == math.inf:
+            self._write(steps, {"best": False} if self.keeps_best else {})
+        self._note({"ended": "done", "step": kept, "steps": steps})
+        if self.run.zero_stage == 3:
+            self._rename()
+            return self.out / self._folder(kept).name
+        self._lay_out(kept)
+        return self.out
+
+    def finish_diverged(self, step: int) -> Path:
+        """As `finish`, for a run that stops after `step` good steps: they are in the name and the manifest of what it leaves."""
+        if step != self.best_step or self.best_nll == math.inf:
+            self._write(step, {"ended": "diverged"} | ({"best": False} if self.keeps_best else {}))
+        self._note({"ended": "diverged", "step": step, "steps": self.recipe.steps})
+        self._rename()
+        return self.out / self._folder(step).name
+
+    def _folder(self, step: int) -> Path:
+        return self.run_folder / f"step-{step:06d}"
+
+    def _write(self, step: int, facts: dict[str, Any]) -> None:
+        if self.run.zero_stage == 3:
+            write_checkpoint(self.run, self.recipe, self.loader, self._folder(step), step, facts)
+        else:
+            write_folder(self.run, self.recipe, self._folder(step))
+
+    def _note(self, facts: dict[str, Any]) -> None:
+        if self.run.rank == 0:
+            add_facts(self.run_folder, facts)
+
+    def _rename(self) -> None:
+        if self.run.rank == 0:
+            shutil.rmtree(self.out, ignore_errors=True)  # only --force comes here with something there
+            self.run_folder.rename(self.out)
+        dist.barrier()
+
+    def _lay_out(self, kept: int) -> None:
+        """A model folder with the run's files in it, and with `last/` where another step is the best."""
+        if self.run.rank == 0:
+            if kept != self.recipe.steps:
+                self._folder(self.recipe.steps).rename(self.run_folder / LAST)
+            with new_folder(self.out, self.force) as folder:
+                for path in [*self._folder(kept).iterdir(), *self.run_folder.iterdir()]:
+                    if path != self._folder(kept):
+                        path.rename(folder / path.name)
+                shutil.rmtree(self.run_folder)
+        dist.barrier()
+
+
+def check_left(run_folder: Path, force: bool) -> None:
+    """OutputError (73) where a run that did not end has left models, which a new run would delete."""
+    left = [path for path in run_folder.glob("step-*") if (path / MANIFEST).is_file() or (path / "config.json").is_file()]
+    if left and not force:
+        raise OutputError(f"{left[0]}: left by a run that did not end (move it away, or --force to delete it)")

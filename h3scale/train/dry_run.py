@@ -82,7 +82,7 @@ def out_of_memory_told(recipe: TrainRecipe, run: Run, where: str) -> Iterator[No
             raise
         used, there, of = _memory(run.engine.device)
         asked = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        shape = f"{recipe.rows_per_micro_batch} rows of {recipe.data.sequence_length} tokens"
+        shape = f"micro-batches of {recipe.rows_per_micro_batch} x {recipe.data.sequence_length} tokens"
         raise ConfigError(
             f"{where}: out of memory on rank {run.rank} with {shape}: {used / GIB:.1f} of {there / GIB:.1f} GiB of the {of} taken "
             f"({asked[:200]}; works: {', '.join(remedies(recipe, run))})"

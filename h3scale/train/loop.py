@@ -208,7 +208,7 @@ def _known(t: Training, batch: GlobalBatch, share: float) -> dict[str, Any]:
     """What of a step's line is known without the ranks' sums."""
     known: dict[str, Any] = {"lr": t.recipe.optimizer.learning_rate * share}
     norm = t.run.engine.get_global_grad_norm()  # before clipping; DeepSpeed knows none without ZeRO
-    if norm is not None:
+    if norm is not None and not t.skips.in_a_row:
         known["grad_norm"] = float(norm)
     tokens_A = t.loader.tokens_by_alignment(batch).tolist()
     return known | {f"tokens/{alignment}": tokens for alignment, tokens in zip(t.loader.alignments, tokens_A, strict=True)}

@@ -1,0 +1,94 @@
+"""Whole training runs, some with a step that is not finite, forked from one process.
+
+python -m tests.distributed.run_with_poison RUNS
+
+RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them; `poison` is
+none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or of every step from there on with "for ever"),
+"left out" (step BAD_STEP is not computed at all), or "memory" (rank 0's forward has none). Prints JSON, name -> exit codes.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from typing import Any
+
+import deepspeed  # noqa: F401  before the fork
+import torch
+import transformers  # noqa: F401  before the fork
+
+from h3scale import log
+from h3scale.launch.local import free_port
+from h3scale.train import __main__ as rank_program
+from h3scale.train import dry_run, loop
+from h3scale.train.loss import Losses
+
+BAD_STEP = 3  # counted from 1
+
+
+class NotFiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor) -> torch.Tensor:
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0] * torch.inf
+
+
+class Poison:
+    """Stands between the loop and its functions."""
+
+    def __init__(self, what: str):
+        self.what, self.step, self.fresh = what, 0, False
+        self.one_step, self.compute_losses = loop.one_step, loop.compute_losses
+        loop.one_step, loop.compute_losses = self.take_step, self.take_losses
+        if what == "memory":
+            dry_run.compute_losses = self.no_memory
+
+    def take_step(self, *args: Any) -> Any:
+        self.step, self.fresh = self.step + 1, True
+        return {} if self.bad and "left out" in self.what else self.one_step(*args)
+
+    @property
+    def bad(self) -> bool:
+        return self.step == BAD_STEP or (self.step > BAD_STEP and "for ever" in self.what)
+
+    def take_losses(self, *args: Any) -> Losses:
+        losses = self.compute_losses(*args)
+        if self.bad and self.fresh and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
+            if "loss" in self.what:
+                losses.total = losses.total * torch.nan
+            if "gradient" in self.what:
+                losses.total = NotFiniteGradient.apply(losses.total)
+        self.fresh = False
+        return losses
+
+    def no_memory(self, *_args: Any) -> Losses:
+        raise torch.OutOfMemoryError("HIP out of memory: tried to allocate 3 GiB" if log.RANK == 0 else "CUDA out of memory.")
+
+
+def rank_main(run: dict[str, Any], rank: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    log.RANK = rank
+    Poison(run["poison"])
+    code = rank_program.main(run["words"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def launch(run: dict[str, Any]) -> list[int | None]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(run["ranks"]))
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank_main, args=(run, rank)) for rank in range(run["ranks"])]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+if __name__ == "__main__":
+    codes = {name: launch(run) for name, run in json.loads(sys.argv[1]).items()}
+    print(json.dumps(codes))

@@ -53,7 +53,7 @@ class StorageError(H3Error):
 
 
 class DivergedError(H3Error):
-    """The loss is not finite any more."""
+    """The losses or gradients of too many steps in a row were not finite."""
 
     exit_code = 76
 

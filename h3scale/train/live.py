@@ -23,6 +23,7 @@ from h3scale.train.trackers import Line, Tracker
 WIDEST = 112  # columns; wider lines are hard to follow
 TWO_COLUMNS = 84  # from here on tables stand side by side
 GAP = 4  # between them
+ALL_COLUMNS = 52  # from here on the table of alignments has held-out figures and the router's loss
 HISTORY = 2000  # steps that a curve shows at most
 RECENT = 30  # steps that the speed is taken from
 REFRESH_PER_S = 2
@@ -106,8 +107,10 @@ class View:
             return None
         routed = any(f"router_accuracy/{a}" in self.line for a in shown)
         unseen = bool(self.held_out)
-        table = _table("alignment", "lm", *(["held out"] if unseen else []), *(["router", "right experts"] if routed else []))
-        room = width - max(len(a) for a in (*shown, "alignment")) - 26 - 10 * unseen
+        brief = unseen and width < ALL_COLUMNS  # then the router's loss gives way: right experts say more
+        routing = [] if not routed else ["right"] if brief else ["router", "right experts"]
+        table = _table("alignment", "lm", *(["held out"] if unseen else []), *routing)
+        room = width - max(len(a) for a in (*shown, "alignment")) - (24 if brief else 26 + 10 * unseen)
         for alignment in shown:
             row: list[RenderableType] = [self._name(alignment), f"{self.line[f'lm/{alignment}']:.3f}"]
             if unseen:
@@ -116,7 +119,7 @@ class View:
             accuracy = self.line.get(f"router_accuracy/{alignment}")
             if accuracy is not None:
                 right = Text(bar(accuracy, room, self.blocks), style=self._colour(alignment)).append(f" {accuracy:4.0%}", "default")
-                row += [f"{self.line[f'router/{alignment}']:.3f}", right]
+                row += [right] if brief else [f"{self.line[f'router/{alignment}']:.3f}", right]
             table.add_row(*row)
         return table
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from h3scale.checkpoint.consolidate import consolidate, expected_shapes, find_checkpoint
-from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.checkpoint.zero import Block, ZeroCheckpoint
 from h3scale.cli.checkpoint import app, parse_size
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError, UsageError
@@ -272,6 +272,15 @@ def test_a_run_folder_stands_for_its_newest_complete_step(shard):
     torn = shard(step=100)
     (torn / "manifest.json").unlink()
     assert find_checkpoint(newest.parent).path == newest
+
+
+def test_a_run_folder_stands_for_its_best_step_where_the_manifests_name_one(shard):
+    best, last = shard(step=10), shard(step=20)
+    assert find_checkpoint(best.parent).path == last
+    for path, is_best in ((best, True), (last, False)):
+        write_json(path / "manifest.json", read_json(path / "manifest.json") | {"best": is_best})
+    assert find_checkpoint(best.parent).path == best
+    assert find_checkpoint(last).path == last
 
 
 def test_a_tag_folder_needs_a_config(shard, tmp_path):

@@ -8,7 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from h3scale.data.duplicates import words
-from h3scale.data.heldout import Heldout, heldout_prompts
+from h3scale.data.encode import Encoded
+from h3scale.data.heldout import Heldout, heldout_prompts, seen_prompts
+from h3scale.data.records import Record
+from h3scale.data.store import Tokens
 from h3scale.errors import DataError, MissingInputError
 from tests.unit.data.test_duplicates import FEW_WORDS, SEEDED, jaccard
 
@@ -106,3 +109,22 @@ def test_findings_name_line_and_fields(tmp_path):
 def test_every_real_file_is_readable(real_data: Path):
     for path in real_data.glob("*.jsonl"):
         assert len(heldout_prompts(path)) == len(path.read_bytes().splitlines())
+
+
+def test_seen_prompts_are_those_that_training_has_token_by_token():
+    def tokens(*records: tuple[str, list[int], list[int]]) -> Tokens:
+        made = [
+            Encoded.of(Record(str(i), a, "p", "r"), prompt + answer, len(prompt)) for i, (a, prompt, answer) in enumerate(records)
+        ]
+        return Tokens.of(made, ("helpful", "honest"))
+
+    training = tokens(("helpful", [1, 2, 3], [9]), ("honest", [4, 5], [6, 7]), ("other", [8, 8], [1]))
+    held_out = tokens(
+        ("helpful", [1, 2, 3], [5]),  # the same prompt, another answer
+        ("honest", [1, 2], [3]),  # the beginning of one
+        ("honest", [4, 5, 6], [7]),  # the same tokens, another cut
+        ("helpful", [8, 8], [2]),  # of a record that is not trained on
+        ("other", [4, 5], [2]),  # not scored
+        ("honest", [4, 5], [2]),  # under another alignment
+    )
+    assert seen_prompts(held_out, training).tolist() == [0, 5]

@@ -136,6 +136,17 @@ def test_metrics_of_a_resumed_and_cut_run(tmp_path):
     assert "lm" not in lines[5]
 
 
+def test_held_out_figures_join_their_step_and_leave_the_pictures_as_they_are(tmp_path):
+    out = fake_out(tmp_path / "out", steps=5)
+    path = out / "checkpoints" / "fused" / "metrics.jsonl"
+    before = read_findings(out).runs["fused"]
+    held_out = [{"step": step, "heldout/lm": 2.0 + step} for step in (0, 4)]
+    path.write_text(json.dumps(held_out[0]) + "\n" + path.read_text() + json.dumps(held_out[1]) + "\n")
+    lines = read_findings(out).runs["fused"]
+    assert lines == [held_out[0], *before[:3], before[3] | held_out[1], *before[4:]]
+    assert report(out).is_file()
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(MissingInputError, match=r"results\.json: no such file"):
         report(tmp_path)

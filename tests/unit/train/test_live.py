@@ -133,3 +133,38 @@ def test_elsewhere_than_on_a_terminal_there_are_plain_lines(
 
 def test_a_line_without_experts_sums_up_as_well() -> None:
     assert summary({"lm": 1.0, "tokens_per_s": 10.0}) == "lm 1.000  10 tokens/s"
+
+
+HELD_OUT = {"step": 41, "heldout/lm": 3.5, "heldout/seconds": 2.0} | {f"heldout/lm/{a}": 3.25 + i for i, a in enumerate(ALIGNMENTS)}
+
+
+@pytest.mark.parametrize("width", [40, 84, 112])
+def test_held_out_figures_stand_beside_those_of_training(width: int) -> None:
+    made = view()
+    assert "held out" not in drawn(made, width)
+    made.take(HELD_OUT)
+    text = drawn(made, width)
+    assert "held out" in text
+    assert "3.250" in text
+    assert "5.250" in text
+    assert "step 40 of 100" in text
+
+
+def test_held_out_figures_are_a_line_of_their_own_without_a_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("h3scale"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    lines = PlainLines(100)
+    lines.write(1, line_of(1))
+    lines.write(41, HELD_OUT)
+    assert lines.bar.done == 1
+    assert caplog.messages == ["step 41: held out: lm 3.5000  helpful 3.2500  harmless 4.2500  honest 5.2500"]
+
+
+def test_a_skipped_step_without_a_loss_is_drawn() -> None:
+    made = view()
+    skipped = {name: value for name, value in line_of(41).items() if not name.startswith(("lm", "router/", "grad_norm"))}
+    made.take(skipped | {"skipped": 1})
+    assert "not finite" in drawn(made, 100)
+    assert summary(skipped).endswith("MFU 41.2%")

@@ -16,6 +16,7 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.data.tokenizer import save_tokenizer
 from h3scale.errors import StorageError
+from h3scale.model.families import as_published
 from h3scale.model.lora import merged, plain_name, updates_of
 from h3scale.train.engine import Run
 
@@ -152,7 +153,7 @@ def _probe(run: Run, loader: TypedLoader) -> dict[str, torch.Tensor]:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    config = run.config.to_dict()
+    config = as_published(run.config.to_dict())
     config["dtype"] = "float32"  # what consolidation writes: the optimizer's own weights
     config.pop("transformers_version", None)
     config.pop("_name_or_path", None)

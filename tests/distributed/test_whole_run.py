@@ -27,6 +27,7 @@ from h3scale.data.sources import read_records
 from h3scale.data.store import Tokens
 from h3scale.launch.local import rank_command, run_ranks
 from h3scale.model.experts import ExpertMap
+from h3scale.model.families import MOE_FAMILIES
 from tests.conftest import ROOT
 from tests.tiny import tiny_records, tiny_tokenizer
 
@@ -37,6 +38,7 @@ EXPERTS = ExpertMap(ALIGNMENTS, (*ALIGNMENTS, None))
 STEPS, CLIP, DECAY, PEAK, WARMUP, FINAL = 20, 1.0, 0.1, 2e-3, 4, 0.1
 ROUTER_WEIGHT, Z_WEIGHT, GAMMA = 0.5, 0.01, 2.0
 BETAS, EPS = (0.9, 0.95), 1e-8
+EXPERTS_KEY = {family: MOE_FAMILIES[family].experts_key for family in ("mixtral", "qwen3_moe")}  # that other tools read
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # ranks, ep_size
 QUICK = [(2, 2), (4, 2)]
 SIZES: dict[str, Any] = {
@@ -204,6 +206,7 @@ def test_losses_and_final_weights_are_those_of_a_plain_run(
     if stage == 3:
         consolidate(place, tmp_path / "model")
         place = tmp_path / "model"
+    assert EXPERTS_KEY[family] in json.loads((place / "config.json").read_text())
     found = load_file(place / "model.safetensors")
     assert found.keys() == weights.keys()
     moved = load_file(world / family / "model.safetensors")

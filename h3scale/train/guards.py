@@ -1,8 +1,8 @@
 """Steps whose loss or gradient is not finite: found on every rank, left out on all of them, written down.
 
-DeepSpeed 0.19.8 skips such a step under ZeRO-2 and 3 (by the norm of the gradients), stops with an assertion under ZeRO-1 with
-bf16, takes the step without ZeRO, and says in no case which records it was. So the ranks agree here, before the
-optimizer's step, and then DeepSpeed's own way to skip is taken.
+DeepSpeed 0.19.8 skips such a step by the norm of its gradients, but not without ZeRO in fp32, nor where a ds_config has
+check_grad_overflow off; it knows nothing of what the losses remember, and says not which records it was. So the ranks agree
+here, before the optimizer's step, and DeepSpeed's own way to skip is taken.
 """
 
 import json
@@ -42,7 +42,7 @@ class FiniteCheck:
         """
         from deepspeed.runtime.utils import has_inf_or_nan
 
-        for gradient in local_gradients(engine.optimizer):
+        for gradient in local_gradients(engine):
             self.see("gradient", gradient) if gradient.ndim == 0 else self._count(has_inf_or_nan(gradient))
         every_RQ = self.bad_Q.new_zeros(dist.get_world_size(), len(QUANTITIES))
         every_RQ[dist.get_rank()] = self.bad_Q
@@ -54,8 +54,9 @@ class FiniteCheck:
         self.bad_Q[QUANTITIES.index("gradient")] += bad.to(self.bad_Q)
 
 
-def local_gradients(optimizer: Any) -> Iterator[Tensor]:
+def local_gradients(engine: Any) -> Iterator[Tensor]:
     """This rank's gradients at the accumulation boundary, or (scalars) their norms where they are offloaded."""
+    optimizer = engine.optimizer
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         yield from (torch.as_tensor(norm) for norm in optimizer.norm_for_param_grads.values())
     elif hasattr(optimizer, "averaged_gradients"):  # ZeRO-1 to 3
@@ -63,8 +64,7 @@ def local_gradients(optimizer: Any) -> Iterator[Tensor]:
     elif hasattr(optimizer, "fp32_groups_gradients_flat"):  # ZeRO-1 of bf16 with sums in fp32
         yield from optimizer.fp32_groups_gradients_flat
     else:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        yield from (parameter.grad for parameter in parameters if parameter.grad is not None)
+        yield from (parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None)
 
 
 @contextmanager

@@ -9,16 +9,14 @@ os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})  
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from measure import Row, machine, print_table, versions
+from measure import Row, command_line, machine, print_table, subjects_of, versions, write_result
 
 if TYPE_CHECKING:
     from data_corpus import Corpus
@@ -43,7 +41,12 @@ def main() -> None:
     words = _words()
     torch.set_num_threads(1)
     work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-"))
-    result: Row = {"command": _command(words), "machine": machine(), "versions": versions(PACKAGES), "corpus": {}, "subjects": {}}
+    result: Row = {
+        "command": command_line("data.py", (words.data, words.out)),
+        "machine": machine(),
+        "versions": versions(PACKAGES),
+    }
+    result |= {"corpus": {}, "subjects": {}}
     try:
         records = corpus(words.data, words.tiny, work)
         result["corpus"] = records.about
@@ -51,11 +54,8 @@ def main() -> None:
             _run(name, records, words.tiny, work, result["subjects"])
     finally:
         shutil.rmtree(work)
-    result["machine"]["load_average_at_end"] = machine()["load_average"]
     if words.out:
-        words.out.parent.mkdir(parents=True, exist_ok=True)
-        words.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"\nwritten: {words.out}")
+        write_result(words.out, result)
 
 
 def _run(name: str, records: "Corpus", tiny: bool, work: Path, found: dict[str, Row]) -> None:
@@ -76,23 +76,7 @@ def _run(name: str, records: "Corpus", tiny: bool, work: Path, found: dict[str, 
 def _words() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with helpful.jsonl, harmless.jsonl, honest.jsonl (default: built-in)")
-    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes, to see that everything works")
-    parser.add_argument("--only", default=",".join([*SUBJECTS, *LARGE]), help="subjects, by comma (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="file for the JSON")
-    words = parser.parse_args()
-    words.only = words.only.split(",")
-    wrong = [name for name in words.only if name not in (*SUBJECTS, *LARGE)]
-    if wrong:
-        parser.error(f"--only: '{wrong[0]}' is no subject (works: {', '.join([*SUBJECTS, *LARGE])})")
-    return words
-
-
-def _command(words: argparse.Namespace) -> str:
-    """As it was given, with file names only: results are read on other machines."""
-    given = ["python", "benchmarks/data.py", *sys.argv[1:]]
-    for path in (words.data, words.out):
-        given = [word.replace(str(path), path.name) for word in given] if path else given
-    return " ".join(given)
+    return subjects_of(parser, [*SUBJECTS, *LARGE])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What every benchmark needs: interleaved timings, memory of a process tree, the machine, and a table of the result."""
 
+import argparse
+import json
 import os
 import platform
 import resource
@@ -143,6 +145,36 @@ def _commit() -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
     return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "--", "h3scale") else "")
+
+
+def command_line(script: str, given: Iterable[Path | None]) -> str:
+    """As it was given, with file names only: results are read on other machines."""
+    words = ["python", f"benchmarks/{script}", *sys.argv[1:]]
+    for path in given:
+        words = [word.replace(str(path), path.name) for word in words] if path else words
+    return " ".join(words)
+
+
+def write_result(path: Path, result: Row) -> None:
+    """The JSON of a run that has ended."""
+    result["machine"]["load_average_at_end"] = machine()["load_average"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+
+
+def subjects_of(parser: argparse.ArgumentParser, subjects: Iterable[str]) -> argparse.Namespace:
+    """The command's words; `only` is the list of subjects that are asked for."""
+    known = list(subjects)
+    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes, to see that everything works")
+    parser.add_argument("--only", default=",".join(known), help="subjects, by comma (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file for the JSON")
+    words = parser.parse_args()
+    words.only = words.only.split(",")
+    wrong = [name for name in words.only if name not in known]
+    if wrong:
+        parser.error(f"--only: '{wrong[0]}' is no subject (works: {', '.join(known)})")
+    return words
 
 
 def print_table(title: str, rows: list[Row], about: Row) -> None:

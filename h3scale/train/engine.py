@@ -139,6 +139,8 @@ def _quiet() -> None:
     """Spares people what they can do nothing about: DeepSpeed's greetings and torch's renamed collectives."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Else DeepSpeed starts numactl to count devices, for every bucket of gradients.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,44 @@ FIGURES = {
 PEERS = {"waste": "TRL", "shares": "TRL", "packed_tokens_per_s": "TRL", "planner": "TRL"}
 
 
-def benchmark(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/data.py", *words]
+TRAIN_FIGURES = {
+    "start_memory": {"parameters", "ranks", "shard_mib", "layer_experts_mib", "held_mib", "peak_mib", "above_held_in_units"},
+    "speed": {"ranks", "first_lm", "tokens", "tokens_per_cpu_s", "tokens_per_wall_s", "h3scale_is_faster", "cpu_s_median"},
+    "overhead": {"beside", "share", "share_by_rounds", "cpu_s_min", "wall_s_median"},
+}
+TRAIN_PEERS = {
+    "start_memory": {"from_pretrained under zero.Init", "the whole model on every rank"},
+    "speed": {
+        "transformers, eager experts",
+        "transformers, grouped_mm experts",
+        "H3Fusion's scheme",
+        "dense of the same active size",
+    },
+    "overhead": {"LM alone, no metrics"},
+}
+
+
+def benchmark(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{script}", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def tiny_result(script: str, folder: Path, subjects: Iterable[str]) -> dict[str, Any]:
+    out = folder / f"{script}.json"
+    done = benchmark(script, "--tiny", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"\n{name}  (" in done.stdout for name in subjects)
+    return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("benchmark") / "data.json"
-    done = benchmark("--tiny", "--out", str(out))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(f"\n{name}  (" in done.stdout for name in SUBJECTS)
-    return json.loads(out.read_text())  # type: ignore[no-any-return]
+    return tiny_result("data.py", tmp_path_factory.mktemp("benchmark"), SUBJECTS)
+
+
+@pytest.fixture(scope="module")
+def tiny_train(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny_result("train.py", tmp_path_factory.mktemp("benchmark"), TRAIN_FIGURES)
 
 
 def test_every_subject_has_its_figures_and_what_they_depend_on(tiny: dict[str, Any]) -> None:
@@ -58,10 +85,35 @@ def test_a_peer_that_is_not_installed_is_named(tiny: dict[str, Any]) -> None:
         assert all(row.get("not_run") == "not installed" for row in rows) is (find_spec("trl") is None)
 
 
-def test_a_subject_that_does_not_exist_is_refused() -> None:
-    done = benchmark("--only", "speed")
+def test_every_subject_of_training_has_its_figures_and_its_peers(tiny_train: dict[str, Any]) -> None:
+    assert set(tiny_train["subjects"]) == set(TRAIN_FIGURES)
+    for name, subject in tiny_train["subjects"].items():
+        assert all(TRAIN_FIGURES[name] <= set(row) for row in subject["rows"]), name
+        assert TRAIN_PEERS[name] < {row["what"] for row in subject["rows"]}
+    assert {"cpu", "cores", "device", "load_average", "load_average_at_end"} <= set(tiny_train["machine"])
+    assert {"torch", "transformers", "deepspeed", "h3scale"} <= set(tiny_train["versions"])
+    assert tiny_train["command"] == "python benchmarks/train.py --tiny --out train.py.json"
+
+
+def test_what_is_timed_trains_the_same_model_on_the_same_records(tiny_train: dict[str, Any]) -> None:
+    rows = {row["what"]: row for row in tiny_train["subjects"]["speed"]["rows"]}
+    ours = rows["h3scale, ZeRO-3"]
+    others = [row for name, row in rows.items() if not name.startswith("dense")]
+    assert all(abs(row["first_lm"] - ours["first_lm"]) < 1e-4 for row in others)
+    assert {row["tokens"] for row in rows.values()} == {ours["tokens"]}
+    assert rows["H3Fusion's scheme"]["padding"] > rows["transformers, eager experts"]["padding"]
+
+
+def test_a_start_needs_at_least_what_it_then_holds(tiny_train: dict[str, Any]) -> None:
+    for row in tiny_train["subjects"]["start_memory"]["rows"]:
+        assert row["peak_mib"] >= row["held_mib"] > row["shard_mib"] > 0
+
+
+@pytest.mark.parametrize(("script", "first"), [("data.py", "waste"), ("train.py", "start_memory")])
+def test_a_subject_that_does_not_exist_is_refused(script: str, first: str) -> None:
+    done = benchmark(script, "--only", "fastest")
     assert done.returncode == 2
-    assert "'speed' is no subject (works: waste" in done.stderr
+    assert f"'fastest' is no subject (works: {first}" in done.stderr
 
 
 def test_results_hold_the_command_the_commit_and_no_path() -> None:

@@ -1,12 +1,14 @@
-"""What the engine is given: parameter groups and their learning rates."""
+"""What the engine is given: parameter groups, their learning rates, an environment."""
 
+import subprocess
 from typing import Any
 
 import pytest
+import torch
 
 from h3scale.config.recipe import Optimizer
 from h3scale.errors import ConfigError
-from h3scale.train.engine import learning_rates
+from h3scale.train.engine import _quiet, learning_rates
 
 
 def optimizer(**rates: Any) -> Optimizer:
@@ -25,3 +27,17 @@ def test_ffn_means_the_experts_of_a_fused_model() -> None:
 def test_a_learning_rate_of_what_is_frozen_is_a_finding() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.learning_rates: 'attention' is not trained .works: experts, router."):
         learning_rates(optimizer(attention=1e-4), {"router", "experts"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts devices of a CPU")
+def test_deepspeed_counts_the_ranks_of_a_machine_without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    def refuse(*words: Any, **_: Any) -> Any:
+        raise AssertionError(f"started {words}")
+
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(subprocess, "check_output", refuse)
+    _quiet()
+    assert CPU_Accelerator().device_count() == 3

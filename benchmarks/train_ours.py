@@ -1,0 +1,83 @@
+"""Steps of h3scale, each as its training loop makes it: loader, losses, optimizer, metrics.
+
+A rank of its own: `python benchmarks/train_ours.py RECIPE.json FOLDER`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Row
+from ranks import serve, timed
+
+from h3scale.config.recipe import TrainRecipe
+
+
+@dataclass
+class Steps:
+    """A run, and where its lines go. Several may share an engine."""
+
+    recipe: TrainRecipe
+    run: Any
+    loader: Any
+    metrics: Any
+    flops: Any
+    memory: Any
+
+    def step(self, step: int) -> Row:
+        """The line of metrics of one optimizer step, on the batch of that number."""
+        from h3scale.model.flops import attended_pairs
+        from h3scale.train import loop
+        from h3scale.train.loss import Counts
+
+        loader, engine = self.loader, self.run.engine
+        with self.metrics.clock.phase("data"):
+            batch = loader.batch(step)
+        share = loop.learning_rate_share(step, self.recipe.steps, self.recipe.optimizer)
+        loop.set_learning_rate(engine, share)
+        tokens = loader.tokens_in(batch)
+        counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, self.recipe.router.vote))
+        loop.one_step(self.recipe, self.run, loader, batch, counts, self.metrics, self.memory)
+        known = {"lr": self.recipe.optimizer.learning_rate * share, "grad_norm": float(engine.get_global_grad_norm())}
+        flops = self.flops.of(tokens, attended_pairs(loader.kept[batch.records], None))
+        return self.metrics.close_step(step + 1, counts.targets, counts.votes, tokens, known, flops)  # type: ignore[no-any-return]
+
+
+def begin(settings: TrainRecipe, folder: Path) -> Steps:
+    """Starts the engine on every rank; lines go to `folder`."""
+    from h3scale.train import loop
+
+    loop.seed_everything(settings.seed)
+    run = loop.start(settings, "benchmark")
+    loader = loop.make_loader(settings, run)
+    run.engine.train()
+    return with_engine(settings, run, loader, folder)
+
+
+def with_engine(settings: TrainRecipe, run: Any, loader: Any, folder: Path) -> Steps:
+    """What a recipe makes of an engine that has started."""
+    from h3scale.train import loop
+
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, flops = loop.make_metrics(settings, run, loader, folder)
+    return Steps(settings, run, loader, metrics, flops, loop.make_loss_memory(settings, run))
+
+
+def rank(settings: TrainRecipe, folder: Path) -> None:
+    from h3scale.train.timing import timed_all_to_all
+
+    steps = begin(settings, folder)
+
+    def answer(question: str) -> Row:
+        line = timed(lambda: steps.step(int(question)))
+        return {name: line[name] for name in ("lm", "tokens", "cpu_s", "wall_s")}
+
+    with timed_all_to_all(steps.metrics.clock):
+        serve(answer)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rank(TrainRecipe.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

@@ -178,8 +178,8 @@ class TrainRecipe(Strict):
     deepspeed: str
     # Ranks that share one set of experts; best: the largest that divides the experts and the ranks of a node.
     ep_size: Positive | Literal["best"] = 1
-    # How long a rank waits for the others in a collective before it gives up (exit 69). Longer than the slowest thing that one
-    # rank does alone: writing its part of a checkpoint to a shared disk.
+    # How long a rank waits for the others in a collective before it gives up (exit 69; NCCL's watchdog aborts the process).
+    # Longer than the slowest thing that one rank does alone: writing its part of a checkpoint to a shared disk.
     collective_timeout_s: Positive = 1800
     ranks: Positive = 1  # processes that `h3scale train` starts on this machine; a launcher's own count wins
 

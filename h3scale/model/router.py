@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from h3scale.model.experts import ExpertMap
 
+LOWEST = torch.finfo(torch.float32).min  # in the place of minus infinity, which would make NaN of a difference
+
 
 def membership_AE(expert_map: ExpertMap, device: torch.device | str = "cpu") -> Tensor:
     """True where expert E belongs to alignment A, (A, E) bool; a general expert's column is all False."""
@@ -27,9 +29,8 @@ def alignment_log_probs(router_logits_TE: Tensor, member_AE: Tensor) -> Tensor:
     code applies a cross entropy to probabilities instead, which costs 0.551 at best.
     """
     logits = router_logits_TE.float()
-    minus_inf = torch.finfo(torch.float32).min
-    by_alignment = logits.unsqueeze(-2).masked_fill(~member_AE, minus_inf).logsumexp(-1)  # (..., A)
-    labelled = logits.masked_fill(~member_AE.any(0), minus_inf).logsumexp(-1, keepdim=True)
+    by_alignment = logits.unsqueeze(-2).masked_fill(~member_AE, LOWEST).logsumexp(-1)  # (..., A)
+    labelled = logits.masked_fill(~member_AE.any(0), LOWEST).logsumexp(-1, keepdim=True)
     return by_alignment - labelled
 
 
@@ -40,13 +41,10 @@ def router_loss_sum(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: 
     votes_T: which tokens count, bool. The caller divides by the votes of the whole global batch.
     Differs from the published code: log-probabilities, each layer supervised by itself, no padding, labels from records.
     """
-    labels = labels_T.clamp_min(0).unsqueeze(-1)
-    votes = votes_T.to(torch.float32)
-    total = router_logits[0].new_zeros((), dtype=torch.float32)
-    for logits_TE in router_logits:
-        log_probs_TA = alignment_log_probs(logits_TE, member_AE)
-        total = total - (log_probs_TA.gather(-1, labels).squeeze(-1) * votes).sum()
-    return total / len(router_logits)
+    logits_LTE = _stacked(router_logits)
+    labelled_LT = logits_LTE.masked_fill(~member_AE.any(0), LOWEST).logsumexp(-1)
+    own_LT = _own_logits(logits_LTE, labels_T, member_AE).logsumexp(-1)
+    return ((labelled_LT - own_LT) * votes_T).sum() / len(logits_LTE)
 
 
 def z_loss_sum(router_logits: Sequence[Tensor], votes_T: Tensor) -> Tensor:
@@ -55,11 +53,7 @@ def z_loss_sum(router_logits: Sequence[Tensor], votes_T: Tensor) -> Tensor:
     Keeps logits small, where low precision is finer. All experts enter, the general ones as well. Padding does not
     (it does in ST-MoE), and the caller divides by the votes of the whole global batch.
     """
-    votes = votes_T.to(torch.float32)
-    total = router_logits[0].new_zeros((), dtype=torch.float32)
-    for logits_TE in router_logits:
-        total = total + (logits_TE.float().logsumexp(-1).square() * votes).sum()
-    return total / len(router_logits)
+    return (_stacked(router_logits).logsumexp(-1).square() * votes_T).sum() / len(router_logits)
 
 
 def balance_loss_sum(
@@ -73,29 +67,29 @@ def balance_loss_sum(
     product of two means of one batch is not a sum over tokens: taken a micro-batch at a time, it would depend on how the batch
     is split. With f fixed beforehand every split gives the same loss and gradient.
     """
-    votes = votes_T.to(torch.float32)
     sizes_T = member_AE.sum(-1)[labels_T.clamp_min(0)]
-    total = router_logits[0].new_zeros((), dtype=torch.float32)
-    for logits_TE, shares_E in zip(router_logits, shares_LE, strict=True):
-        probs_TE = _own_logits(logits_TE, labels_T, member_AE).softmax(-1)
-        total = total + (sizes_T * (probs_TE * shares_E).sum(-1) * votes).sum().float()
-    return total / len(router_logits)
+    probs_LTE = _own_logits(_stacked(router_logits), labels_T, member_AE).softmax(-1)
+    kept_LT = (probs_LTE * shares_LE.float().unsqueeze(1)).sum(-1)
+    return (sizes_T * kept_LT * votes_T).sum() / len(router_logits)
 
 
 @torch.no_grad()
 def first_choices(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor) -> Tensor:
     """How many voting tokens have each expert as the best of their own alignment's, (L, E) float64."""
-    counts = []
-    for logits_TE in router_logits:
-        best_T = _own_logits(logits_TE, labels_T, member_AE).argmax(-1)
-        counts.append(torch.bincount(best_T[votes_T], minlength=logits_TE.shape[-1]))
-    return torch.stack(counts).double()
+    logits_LTE = _stacked(router_logits)
+    best_LT = _own_logits(logits_LTE, labels_T, member_AE).argmax(-1)
+    counts_LE = torch.zeros(len(logits_LTE), logits_LTE.shape[-1], dtype=torch.float64, device=best_LT.device)
+    return counts_LE.scatter_add_(1, best_LT, votes_T.double().expand_as(best_LT))
 
 
-def _own_logits(logits_TE: Tensor, labels_T: Tensor, member_AE: Tensor) -> Tensor:
-    """The logits in fp32, those of experts of other alignments than the token's as low as can be."""
-    own_TE = member_AE[labels_T.clamp_min(0)]
-    return logits_TE.float().masked_fill(~own_TE, torch.finfo(torch.float32).min)
+def _stacked(router_logits: Sequence[Tensor]) -> Tensor:
+    """All layers' logits in one fp32 tensor, (L, T, E): few kernels instead of some for each layer."""
+    return torch.stack(tuple(router_logits)).float()
+
+
+def _own_logits(logits_LTE: Tensor, labels_T: Tensor, member_AE: Tensor) -> Tensor:
+    """The logits, those of experts of other alignments than the token's as low as can be."""
+    return logits_LTE.masked_fill(~member_AE[labels_T.clamp_min(0)], LOWEST)
 
 
 def router_modules(model: nn.Module) -> list[nn.Module]:

@@ -6,7 +6,7 @@ the ranks (outside autograd under ZeRO-3), so the gradient is added to each shar
 the start. The published H3Fusion code takes the norm of the weights, not of their drift.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,7 +24,10 @@ from h3scale.train.shard import Shard
 
 @dataclass
 class Held:
-    """This rank's part of one stacked tensor of experts, and the values it had at the start, fp32."""
+    """This rank's part of one stacked tensor of experts, and the values it had at the start.
+
+    They are kept in bf16 where that is exact, which it is for models published in bf16, and on the host where the optimizer is.
+    """
 
     shard: Shard
     layer: int
@@ -50,7 +53,7 @@ class Held:
 
     def whole(self, dtype: torch.dtype) -> Tensor:
         """The start of this EP rank's experts, (local experts, out, in), gathered over their data-parallel ranks."""
-        return self.shard.gather(self.start.to(dtype))
+        return self.shard.gather(self.start.to(self.shard.parameter.device, dtype))
 
 
 class Anchor:
@@ -60,7 +63,7 @@ class Anchor:
         self.gammas = expert_gammas(recipe, expert_map)
         self.num_layers, self.num_experts = num_layers, expert_map.num_experts
         self.device = engine.device
-        self.held = list(_held(engine, moe_type, self.num_experts))
+        self.held = list(_held(engine, moe_type, self.gammas))
 
     def attach(self, total: Tensor) -> Tensor:
         """The loss of a micro-batch on its way to backward, for a drift that has to know how it is scaled there."""
@@ -90,6 +93,8 @@ class Anchor:
             if any(tuple(part["shape"]) != held.shape for part in found):
                 findings.append(f"drift anchor: {name} has shape {found[0]['shape']}, the model's is {held.shape}")
                 continue
+            if any(part["values"].dtype != held.start.dtype for part in found):
+                held.start = held.start.float()  # another rank's part may be exact in fp32 only
             covered = fill(held.start, held.begin, [(part["begin"], part["values"]) for part in found])
             if covered < len(held.start):
                 missing = held.begin + covered
@@ -105,31 +110,19 @@ class DriftAnchor(Anchor):
         super().__init__(engine, recipe, expert_map, moe_type, num_layers)
         self.scale_LE = self._scales()
 
-    def close_step(self) -> Tensor:
-        value = self.local_sum()
-        self.add_gradient()
-        return value
-
     @torch.no_grad()
-    def add_gradient(self) -> None:
-        """Adds d drift / d W to the gradient of this rank's shard. After backward, before step."""
+    def close_step(self) -> Tensor:
+        """Each shard is one rank's, so the sum over the ranks is the loss. Nothing waits for the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for held in self.held:
             if not len(held.shard):
                 continue
-            gradient, now = held.shard.gradient(), held.shard.values()
+            distance = held.shard.values().to(self.device) - held.start.to(self.device)
             for expert, span in held.spans():
-                factor = 2 * float(self.scale_LE[held.layer, expert])
-                gradient[span] += factor * (now[span] - held.start[span])
-            held.shard.set_gradient(gradient)
-
-    @torch.no_grad()
-    def local_sum(self) -> Tensor:
-        """This rank's part of the drift loss, a scalar; each shard is one rank's, so the sum over the ranks is the loss."""
-        total = torch.zeros((), dtype=torch.float64)
-        for held in self.held:
-            distance = held.shard.values() - held.start
-            for expert, span in held.spans():
-                total += float(self.scale_LE[held.layer, expert]) * distance[span].double().square().sum().cpu()
+                scale = float(self.scale_LE[held.layer, expert])
+                total += scale * distance[span].square().sum(dtype=torch.float64)
+                distance[span] *= 2 * scale  # d drift / d W
+            held.shard.add_gradient(distance)
         return total
 
     def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
@@ -141,7 +134,7 @@ class DriftAnchor(Anchor):
         squares_LE = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64)
         for held in self.held:
             for expert, span in held.spans():
-                squares_LE[held.layer, expert] += held.start[span].double().square().sum().cpu()
+                squares_LE[held.layer, expert] += held.start[span].float().square().sum(dtype=torch.float64).cpu()
         squares_LE = squares_LE.to(self.device)
         dist.all_reduce(squares_LE)
         gammas_E = torch.tensor(self.gammas, dtype=torch.float64)
@@ -171,10 +164,18 @@ def fill(target: Tensor, begin: int, parts: Iterable[tuple[int, Tensor]]) -> int
     return done - begin
 
 
-def _held(engine: Any, moe_type: str, num_experts: int) -> Iterator[Held]:
+def _held(engine: Any, moe_type: str, gammas: Sequence[float]) -> Iterator[Held]:
+    """The parts of this rank in which an expert is held at all."""
     templates = list(MOE[moe_type].autoep_experts.values())
+    offloaded = engine.zero_offload_optimizer() is not None
     for name, parameter in engine.module.named_parameters():
         found = next((numbers for t in templates if (numbers := match(t, name))), None)
-        if found is not None and parameter.requires_grad:
-            shard = Shard.of(engine.module, name, parameter)
-            yield Held(shard, found["layer"], num_experts, shard.values().clone())
+        if found is None or not parameter.requires_grad:
+            continue
+        shard = Shard.of(engine.module, name, parameter)
+        first = shard.first_expert
+        if any(gammas[first : first + shard.shape[0]]):  # of all this EP rank's experts: the ranks that gather agree
+            start = shard.values()
+            start = start.cpu() if offloaded else start
+            rounded = start.bfloat16()
+            yield Held(shard, found["layer"], len(gammas), rounded if torch.equal(rounded.float(), start) else start.clone())

@@ -79,6 +79,8 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         if recipe.lora:
             add_lora(model, recipe.lora)
         freeze(model, recipe.trainable)
+        if moe:
+            _check_experts_trained(model, where)
         groups = _groups(model, recipe, ds_config)
         for line in what_is_trained(model, {group["name"].split(",")[0]: group["peak_lr"] for group in groups}):
             logger.info("%s", line)
@@ -89,6 +91,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         if recipe.model and zero_stage:
             fill(engine, Path(recipe.model))
     _limit_all_groups(timeout)
+    torch.manual_seed(recipe.seed * world_size + dist.get_rank())  # from here on only dropout draws, each rank its own
     return Run(
         engine=engine,
         tokenizer=tokenizer,
@@ -153,12 +156,30 @@ def _model(recipe: TrainRecipe, tokenizer: Any, ds_config: dict[str, Any]) -> to
     return empty_model(folder, ds_config) if _stage(ds_config) == 3 else load_model(folder, computes_in(ds_config))
 
 
+def _check_experts_trained(model: torch.nn.Module, where: str) -> None:
+    """ConfigError (78) for frozen experts: DeepSpeed cannot save them, and would say so after the training."""
+    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if group_of(name) == "experts"):
+        raise ConfigError(
+            f"{where}: trainable: the experts are frozen, and DeepSpeed cannot save that "
+            "(works: experts among `trainable`, with optimizer.learning_rates: {experts: 0})"
+        )
+
+
 def _check_stage(zero_stage: int, ds_config: dict[str, Any], has_experts: bool, where: str) -> None:
-    """ConfigError (78) for stage 0 with experts, which need sharding, or with bf16, whose masters DeepSpeed hides there."""
-    why = [("experts need sharding", has_experts), ("bf16 needs it for its fp32 masters", computes_in(ds_config) != torch.float32)]
-    findings = [f"{where} has ZeRO stage 0, and {reason} (works: 1, 2, 3)" for reason, holds in why if holds]
-    if zero_stage == 0 and findings:
-        raise ConfigError(findings)
+    """ConfigError (78) for stages that cannot do what is asked of them.
+
+    Experts need sharding; masters of bf16 are hidden by DeepSpeed at stage 0; with an offloaded optimizer stages 1 and 2 take the
+    norm of the gradients before the drift's is added.
+    """
+    bf16 = computes_in(ds_config) != torch.float32
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    findings = [
+        (zero_stage == 0 and has_experts, "experts need sharding (works: 1, 2, 3)"),
+        (zero_stage == 0 and bf16, "bf16 needs it for its fp32 masters (works: 1, 2, 3)"),
+        (zero_stage in (1, 2) and has_experts and offload, "experts with offload_optimizer need 3 (works: 3, or no offload)"),
+    ]
+    if any(holds for holds, _ in findings):
+        raise ConfigError([f"{where} has ZeRO stage {zero_stage}, and {reason}" for holds, reason in findings if holds])
 
 
 def _stage(ds_config: dict[str, Any]) -> int:

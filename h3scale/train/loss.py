@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from h3scale.config.recipe import RouterLoss
@@ -17,6 +16,7 @@ from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
 from h3scale.model.router import balance_loss_sum, router_loss_sum, z_loss_sum
 from h3scale.train.balance import Balance
 from h3scale.train.routing import routing_sums
+from h3scale.train.token_nll import token_nll
 
 ROLES_OF_VOTE = {"prompt": (PROMPT,), "response": (RESPONSE,), "both": (PROMPT, RESPONSE)}
 
@@ -72,17 +72,15 @@ def compute_losses(
 
 def _lm(logits: Tensor, batch: Batch, alignments: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the targets' negative log-likelihoods, and for the log the same by alignment."""
-    logits_TV = logits.flatten(0, 1).float()
-    nll_T = F.cross_entropy(logits_TV, batch.targets.flatten(), ignore_index=IGNORE, reduction="none")
     weights_T = batch.target_weights.flatten()
-    weighted_T = nll_T * weights_T
-    sums = {"lm": weighted_T.detach().sum()}
-    labels_T = batch.alignment_ids.flatten()
-    for a, alignment in enumerate(alignments):
-        mine_T = labels_T == a
-        sums[f"lm/{alignment}"] = weighted_T.detach()[mine_T].sum()
-        sums[f"targets/{alignment}"] = weights_T[mine_T].sum()
-    return weighted_T.sum(), sums
+    weighted_T = token_nll(logits.flatten(0, 1), batch.targets.flatten(), IGNORE) * weights_T
+    lm = weighted_T.sum()
+    sums = {"lm": lm.detach()}
+    place_T = batch.alignment_ids.flatten() % (len(alignments) + 1)  # padding, -1, comes last
+    for name, values_T in (("lm", weighted_T.detach()), ("targets", weights_T)):
+        by_place = values_T.new_zeros(len(alignments) + 1).index_add(0, place_T, values_T)
+        sums |= {f"{name}/{alignment}": by_place[a] for a, alignment in enumerate(alignments)}
+    return lm, sums
 
 
 def _router_terms(
@@ -95,7 +93,9 @@ def _router_terms(
 ) -> Iterator[tuple[str, float, Tensor]]:
     """Name, weight and sum over this micro-batch of each loss on the router's logits."""
     yield "router", recipe.loss_weight, router_loss_sum(router_logits, labels_T, votes_T, member_AE)
-    yield "router_z", recipe.z_weight, z_loss_sum(router_logits, votes_T)
+    with torch.set_grad_enabled(recipe.z_weight > 0 and torch.is_grad_enabled()):
+        z = z_loss_sum(router_logits, votes_T)
+    yield "router_z", recipe.z_weight, z
     if balance:
         shares_LE = balance.shares_LE
         yield "router_balance", recipe.balance_weight, balance_loss_sum(router_logits, labels_T, votes_T, member_AE, shares_LE)

@@ -76,24 +76,16 @@ class Shard:
         elif _fragment(self.parameter):
             _fragment(self.parameter).hp_fragment.copy_(values)
 
-    def gradient(self) -> Tensor:
-        """The gradient of this part, averaged over the ranks; after the last backward of a step, before engine.step."""
-        from deepspeed.utils import safe_get_local_grad
-
-        if _is_cut(self.parameter):
-            return safe_get_local_grad(self.parameter)[: len(self)].float()
-        return self._fragment_of_gradient().float()
-
-    def set_gradient(self, gradient: Tensor) -> None:
-        """Writes what `gradient` gives; the optimizer step uses it."""
+    def add_gradient(self, more: Tensor) -> None:
+        """Adds to the gradient of this part, the mean over the ranks; after the last backward of a step, before engine.step."""
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
         if _is_cut(self.parameter):
             padded = safe_get_local_grad(self.parameter)
-            padded[: len(self)] = gradient
+            padded[: len(self)] += more
             safe_set_local_grad(self.parameter, padded)
         else:
-            self._fragment_of_gradient().copy_(gradient)
+            self._fragment_of_gradient().add_(more)
 
     def gather(self, part: Tensor) -> Tensor:
         """The parameter put together from all ranks' parts (values of any meaning), in its shape and the part's dtype.

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
+from h3scale.train.ballast import masters as masters_of
+from h3scale.train.ballast import room_for_moments
 from h3scale.train.engine import start
 from h3scale.train.shard import Shard
 
@@ -31,8 +33,14 @@ def main(path: str, out: str, overrides: list[str]) -> None:
         logits = run.engine(input_ids=torch.arange(LENGTH)[None], use_cache=False).logits
     everyone: list = [None] * run.world_size
     dist.all_gather_object(everyone, masters)
+    draws: list = [None] * run.world_size
+    dist.all_gather_object(draws, torch.rand(4).tolist())
+    with room_for_moments(run.engine) as reserved:
+        pass
     if run.rank == 0:
-        torch.save({"logits": logits, "masters": everyone, "buffers": buffers}, Path(out) / "start.pt")
+        numel = sum(master.numel() for master in masters_of(run.engine))
+        found = {"logits": logits, "masters": everyone, "buffers": buffers, "draws": draws, "room": (reserved, numel)}
+        torch.save(found, Path(out) / "start.pt")
     dist.barrier()
     dist.destroy_process_group()
 

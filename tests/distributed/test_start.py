@@ -96,6 +96,11 @@ def test_every_rank_starts_with_its_part_of_the_files_values(
         logits = expected(input_ids=torch.arange(LENGTH)[None], use_cache=False).logits
     tolerance = 0.05 * logits.std().item() if "bf16" in settings else 1e-5
     assert (started["logits"].float() - logits.float()).abs().max() < tolerance
+    assert len(set(map(tuple, started["draws"]))) == ranks, "dropout draws the same numbers on all ranks"
+    reserved, numel = started["room"]
+    trained = [values.numel() for name, values in stored.items() if ".mlp." in name or "block_sparse" in name]
+    assert reserved == 2 * 4 * numel, "AdamW has two moments in fp32"
+    assert numel >= sum(trained) // ranks > 0
     rotary = dict(expected.named_buffers())
     for name, buffer in started["buffers"].items():
         assert buffer.dtype == torch.float32
@@ -137,10 +142,31 @@ def test_a_folder_that_is_not_the_models_is_refused_with_every_finding(
         assert not (tmp_path / "out").exists()
 
 
-def test_stage_0_is_refused_for_experts_and_for_bf16(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(BF16 | {"zero_optimization": {"stage": 0}}))
-    words = [str(world / "recipe.yaml"), f"out={tmp_path / 'out'}", f"deepspeed={tmp_path / 'ds.json'}"]
+REFUSED = [
+    (
+        BF16 | {"zero_optimization": {"stage": 0}},
+        [],
+        [
+            "has ZeRO stage 0, and experts need sharding (works: 1, 2, 3)",
+            "has ZeRO stage 0, and bf16 needs it for its fp32 masters (works: 1, 2, 3)",
+        ],
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        [],
+        ["has ZeRO stage 2, and experts with offload_optimizer need 3 (works: 3, or no offload)"],
+    ),
+    ({"zero_optimization": {"stage": 3}}, ["trainable=[router]"], ["the experts are frozen, and DeepSpeed cannot save that"]),
+    ({"zero_optimization": {"stage": 3}}, ["trainable=[]", "lora={}"], ["the experts are frozen, and DeepSpeed cannot save that"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "words", "said"), REFUSED)
+def test_what_could_not_be_trained_or_saved_is_refused_at_the_start(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], settings: dict[str, Any], words: list[str], said: list[str]
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    words = [str(world / "recipe.yaml"), f"out={tmp_path / 'out'}", f"deepspeed={tmp_path / 'ds.json'}", *words]
     assert run_ranks(rank_command("h3scale.train", words), 1) == 78
     shown = capfd.readouterr().err
-    assert "has ZeRO stage 0, and experts need sharding (works: 1, 2, 3)" in shown
-    assert "has ZeRO stage 0, and bf16 needs it for its fp32 masters (works: 1, 2, 3)" in shown
+    assert all(line in shown for line in said), shown

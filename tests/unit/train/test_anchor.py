@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from h3scale.errors import DataError
-from h3scale.train.anchor import Anchor, Held, fill
+from h3scale.train.anchor import Anchor, Held, _held, fill
 from h3scale.train.shard import Shard
 
 SHAPE = (4, 3, 5)
@@ -64,3 +64,44 @@ def test_filling_stops_at_a_gap_and_takes_nothing_twice() -> None:
     target = torch.zeros(6)
     assert fill(target, 10, [(16, torch.ones(3)), (8, torch.ones(4)), (9, torch.ones(2)), (12, torch.full((2,), 2.0))]) == 4
     assert target.tolist() == [1, 1, 2, 2, 0, 0]
+
+
+class Engine:
+    """As much of an engine as the anchor looks at: one stacked tensor of two experts, whole on this rank."""
+
+    def __init__(self, values: torch.Tensor, offloaded: bool = False):
+        self.module, self.offloaded = torch.nn.Module(), offloaded
+        path = self.module
+        for part in ("model", "layers", "0", "mlp", "experts"):
+            path.add_module(part, torch.nn.Module())
+            path = path.get_submodule(part)
+        path.register_parameter("w1", torch.nn.Parameter(values))
+        self.module.get_submodule("model.layers.0.mlp").ep_rank = 0
+
+    def zero_offload_optimizer(self) -> dict[str, str] | None:
+        return {"device": "cpu"} if self.offloaded else None
+
+
+def starts(values: torch.Tensor, gammas: list[float]) -> list[torch.Tensor]:
+    return [held.start for held in _held(Engine(values), "mixtral", gammas)]
+
+
+def test_a_start_that_bf16_holds_exactly_takes_half_the_memory() -> None:
+    exact = torch.randn(2, 3, 4).bfloat16().float()
+    assert starts(exact, [1.0, 1.0])[0].dtype == torch.bfloat16
+    finer = exact.clone()
+    finer[0, 0, 0] += 1e-4
+    (start,) = starts(finer, [1.0, 1.0])
+    assert torch.equal(start, finer.flatten())
+
+
+def test_experts_that_nothing_holds_have_no_start() -> None:
+    assert not starts(torch.randn(2, 3, 4), [0.0, 0.0])
+    assert starts(torch.randn(2, 3, 4), [0.0, 0.5])
+
+
+def test_a_start_in_bf16_takes_finer_values_from_another_ranks_state() -> None:
+    finer = WHOLE + 1e-4
+    rough = anchor(torch.zeros(60).bfloat16(), 0)
+    rough.load_state_dict([anchor(finer, 0).state_dict()])
+    assert torch.equal(rough.held[0].start, finer)

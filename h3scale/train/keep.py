@@ -5,18 +5,20 @@ run be killed. A run that shards weights (ZeRO-3) keeps training checkpoints `st
 """
 
 import math
+import os
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from h3scale.checkpoint.consolidate import MANIFEST
-from h3scale.checkpoint.shards import new_folder
+from h3scale.checkpoint.shards import check_output
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.errors import OutputError
 from h3scale.log import logger
+from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
 from h3scale.train.run_facts import add_facts
 from h3scale.train.save import write_checkpoint, write_folder
@@ -54,9 +56,9 @@ class Keeper:
             self._write(steps, {"best": False} if self.keeps_best else {})
         self._note({"ended": "done", "step": kept, "steps": steps})
         if self.run.zero_stage == 3:
-            self._rename()
+            self._name()
             return self.out / self._folder(kept).name
-        self._lay_out(kept)
+        self._name(lambda: self._lay_out(kept))
         return self.out
 
     def finish_diverged(self, step: int) -> Path:
@@ -64,7 +66,7 @@ class Keeper:
         if step != self.best_step or self.best_nll == math.inf:
             self._write(step, {"ended": "diverged"} | ({"best": False} if self.keeps_best else {}))
         self._note({"ended": "diverged", "step": step, "steps": self.recipe.steps})
-        self._rename()
+        self._name()
         return self.out / self._folder(step).name
 
     def _folder(self, step: int) -> Path:
@@ -80,27 +82,64 @@ class Keeper:
         if self.run.rank == 0:
             add_facts(self.run_folder, facts)
 
-    def _rename(self) -> None:
-        if self.run.rank == 0:
-            shutil.rmtree(self.out, ignore_errors=True)  # only --force comes here with something there
-            self.run_folder.rename(self.out)
-        dist.barrier()
+    def _name(self, first: Callable[[], None] = lambda: None) -> None:
+        """Gives the run's folder its name, after what is to be done `first`. What it replaces is deleted when that is done."""
+
+        def name() -> Path | None:
+            first()
+            return self._rename()
+
+        before = by_rank_0(name, f"give {self.run_folder} its name")
+        if before and self.run.rank == 0:
+            if before.is_dir() and not before.is_symlink():
+                shutil.rmtree(before, ignore_errors=True)
+            else:
+                before.unlink()
 
     def _lay_out(self, kept: int) -> None:
-        """A model folder with the run's files in it, and with `last/` where another step is the best."""
-        if self.run.rank == 0:
-            if kept != self.recipe.steps:
-                self._folder(self.recipe.steps).rename(self.run_folder / LAST)
-            with new_folder(self.out, self.force) as folder:
-                for path in [*self._folder(kept).iterdir(), *self.run_folder.iterdir()]:
-                    if path != self._folder(kept):
-                        path.rename(folder / path.name)
-                shutil.rmtree(self.run_folder)
-        dist.barrier()
+        """Makes the run's folder a model folder, with `last/` in it where another step is the best. For one rank only."""
+        if kept != self.recipe.steps:
+            self._folder(self.recipe.steps).rename(self.run_folder / LAST)
+        for path in self._folder(kept).iterdir():
+            path.rename(self.run_folder / path.name)
+        self._folder(kept).rmdir()
+
+    def _rename(self) -> Path | None:
+        """The run's folder becomes `out`; what was there (--force) gets the name that is given. For one rank only."""
+        left = f"what the run leaves is in {self.run_folder}"
+        try:
+            check_output(self.out, self.force)
+        except OutputError as error:
+            raise OutputError(f"{self.out}: was made by somebody else during the run; {left} (give it another name)") from error
+        before = self.out.with_name(f".trash-{self.out.name}-{uuid.uuid4().hex[:8]}")
+        replaces = self.force and os.path.lexists(self.out)
+        try:
+            if replaces:
+                self.out.rename(before)
+            self.run_folder.rename(self.out)
+        except OSError as error:
+            if replaces and not os.path.lexists(self.out) and os.path.lexists(before):
+                before.rename(self.out)
+            raise OutputError(f"{self.out}: cannot be made ({error.strerror}); {left}") from error
+        return before if replaces else None
+
+
+def open_folder(run_folder: Path, force: bool) -> None:
+    """An empty folder for a run; OutputError (73) as `check_left`, or where it cannot be made."""
+    check_left(run_folder, force)
+    try:
+        if run_folder.exists():
+            shutil.rmtree(run_folder)
+        run_folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{run_folder}: cannot be made ({error.strerror})") from error
 
 
 def check_left(run_folder: Path, force: bool) -> None:
     """OutputError (73) where a run that did not end has left models, which a new run would delete."""
-    left = [path for path in run_folder.glob("step-*") if (path / MANIFEST).is_file() or (path / "config.json").is_file()]
+    marks = (f"step-*/{MANIFEST}", "step-*/config.json", f"{LAST}/config.json", "config.json")  # of what is complete
+    left = next((path for mark in marks for path in sorted(run_folder.glob(mark))), None)
     if left and not force:
-        raise OutputError(f"{left[0]}: left by a run that did not end (move it away, or --force to delete it)")
+        raise OutputError(
+            f"{left.parent}: left by a run that did not end, if none is going on (move it away, or --force to delete it)"
+        )

@@ -1,7 +1,6 @@
 """The training loop: from a recipe to a committed checkpoint. Every rank runs this."""
 
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from h3scale.errors import DivergedError, UnsafeError
 from h3scale.log import LogFile, libraries_to_file
 from h3scale.model.flops import Flops, attended_pairs
 from h3scale.model.router import membership_AE
+from h3scale.train.agree import by_rank_0
 from h3scale.train.ballast import room_for_moments
+from h3scale.train.claim import Claim
 from h3scale.train.dry_run import dry_run, out_of_memory_told
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.guards import FiniteCheck, NotFinite, Skips, finish_step
 from h3scale.train.heldout import score
-from h3scale.train.keep import Keeper, check_left
+from h3scale.train.keep import Keeper, check_left, open_folder
 from h3scale.train.loss import Counts, compute_losses
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import HELD_OUT, Metrics
@@ -59,8 +60,8 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
     check_output(out, force)
     run_folder = out.with_name(f".run-{out.name}")  # becomes `out` when the run has ended
     check_left(run_folder, force)
-    with libraries_to_file() as log_file:
-        training = begin(recipe, where, run_folder, force, log_file)
+    with Claim(out) as claim, libraries_to_file() as log_file:
+        training = begin(recipe, where, run_folder, force, claim, log_file)
         try:
             steps_of_run(training)
         finally:
@@ -70,16 +71,14 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
         return training.keeper.finish()
 
 
-def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, log_file: LogFile) -> Training:
+def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, claim: Claim, log_file: LogFile) -> Training:
     """Everything up to the first step."""
     seed_everything(recipe.seed)
     run = start(recipe, where)
+    by_rank_0(claim.take, f"claim {recipe.out}")
     loader = make_loader(recipe, run)
     held_out = make_held_out(recipe, run, loader)
-    if run.rank == 0:
-        shutil.rmtree(run_folder, ignore_errors=True)
-        run_folder.mkdir(parents=True)
-    torch.distributed.barrier()
+    by_rank_0(lambda: open_folder(run_folder, force), f"make {run_folder}")
     log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
     memory = make_loss_memory(recipe, run)
     if recipe.guards.dry_run:

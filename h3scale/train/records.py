@@ -17,8 +17,9 @@ from h3scale.data.loader import GlobalBatch, TypedLoader
 from h3scale.data.packing import pack
 from h3scale.data.prepare import prepare, prepared_folder, relevant_alignments
 from h3scale.data.store import Store, Tokens, open_store
-from h3scale.errors import DataError, H3Error, MissingInputError, PeerLostError
+from h3scale.errors import DataError, MissingInputError
 from h3scale.log import logger
+from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
 
 
@@ -75,27 +76,15 @@ def _prepared(recipe: TrainRecipe, run: Run, data: Data, check: Callable[[Path],
     """The folder of a prepared store. Rank 0 makes it, if that has not been done, and checks it; all ranks raise what it raises."""
     # Preparing may take hours, and a collective of the training's group minutes at most.
     waiting = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=2))
-    told: list[Any] = [None]  # to the other ranks, which wait: the folder, or what went wrong
-    failure: Exception | None = None
-    if run.rank == 0:
-        try:
-            folder = prepare(data, run.tokenizer, prepared_folder(data, recipe.out)).folder
-            check(folder)
-            told = [folder]
-        except H3Error as error:
-            told = [(type(error), error.findings)]
-            failure = error
-        except Exception as error:
-            told = [(PeerLostError, ["rank 0 failed while it prepared the records"])]
-            failure = error
-    torch.distributed.broadcast_object_list(told, group=waiting)
+
+    def made() -> Path:
+        folder = prepare(data, run.tokenizer, prepared_folder(data, recipe.out)).folder
+        check(folder)
+        return folder
+
+    folder: Path = by_rank_0(made, "prepare the records", waiting)
     torch.distributed.destroy_process_group(waiting)
-    if failure is not None:
-        raise failure
-    if isinstance(told[0], tuple):
-        kind, findings = told[0]
-        raise kind(findings)
-    return Path(told[0])
+    return folder
 
 
 def _open(run: Run, folder: Path) -> Store:

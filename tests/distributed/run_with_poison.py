@@ -4,13 +4,15 @@ python -m tests.distributed.run_with_poison RUNS
 
 RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them; `poison` is
 none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or of every step from there on with "for ever"),
-"left out" (step BAD_STEP is not computed at all), or "memory" (rank 0's forward has none). Prints JSON, name -> exit codes.
+"left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), or "in the way" (somebody else makes
+the output at step BAD_STEP). Prints JSON, name -> exit codes.
 """
 
 import json
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401  before the fork
@@ -48,6 +50,10 @@ class Poison:
 
     def take_step(self, *args: Any) -> Any:
         self.step, self.fresh = self.step + 1, True
+        if self.what == "in the way" and self.bad and log.RANK == 0:
+            out = Path(args[0].out)
+            out.mkdir()
+            (out / "precious.txt").write_text("mine")
         return {} if self.bad and "left out" in self.what else self.one_step(*args)
 
     @property

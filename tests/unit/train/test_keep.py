@@ -1,19 +1,118 @@
-"""What a run that was killed has left is not deleted by the next one."""
+"""What a run leaves gets its name, and nothing that is there is deleted for it."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from h3scale.errors import OutputError
-from h3scale.train.keep import check_left
+from h3scale.train.keep import Keeper, check_left, open_folder
+
+STEPS = 4
 
 
-@pytest.mark.parametrize("mark", ["manifest.json", "config.json"])
-def test_models_of_a_run_that_did_not_end_are_deleted_by_force_alone(tmp_path: Path, mark: str) -> None:
-    (tmp_path / "step-000010").mkdir()
-    check_left(tmp_path, force=False)  # torn: nothing that could be used
-    (tmp_path / "step-000010" / mark).write_text("{}")
-    with pytest.raises(OutputError, match="step-000010: left by a run that did not end"):
-        check_left(tmp_path, force=False)
-    check_left(tmp_path, force=True)
-    check_left(tmp_path / "none", force=False)
+@pytest.mark.parametrize("model", ["step-000010/manifest.json", "step-000010/config.json", "config.json", "last/config.json"])
+def test_models_of_a_run_that_did_not_end_are_deleted_by_force_alone(tmp_path: Path, model: str) -> None:
+    folder = tmp_path / ".run-x"
+    (folder / model).parent.mkdir(parents=True)
+    (folder / "step-000010" / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "step-000010" / "model" / "config.json").write_text("{}")  # torn: nothing that could be used
+    check_left(folder, force=False)
+    (folder / model).write_text("{}")
+    for refused in (check_left, open_folder):
+        with pytest.raises(OutputError, match=f"{(folder / model).parent}: left by a run that did not end"):
+            refused(folder, force=False)
+    check_left(folder, force=True)
+    open_folder(folder, force=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_whose_folder_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        open_folder(tmp_path / "file" / ".run-x", force=False)
+
+
+class Written(Keeper):
+    """A Keeper whose models are files with the step's number."""
+
+    def _write(self, step: int, facts: dict[str, Any]) -> None:
+        self._folder(step).mkdir()
+        (self._folder(step) / "config.json").write_text(str(step))
+        (self._folder(step) / "manifest.json").write_text(json.dumps({"step": step, **facts}))
+
+
+def keeper(folder: Path, force: bool = False, zero_stage: int = 3, keep_best: bool = False) -> Written:
+    """Of a run of STEPS steps that has begun."""
+    run_folder, out = folder / ".run-x", folder / "x"
+    open_folder(run_folder, force)
+    (run_folder / "run.json").write_text("{}")
+    recipe: Any = SimpleNamespace(steps=STEPS, evaluation=SimpleNamespace(keep_best=keep_best))
+    run: Any = SimpleNamespace(rank=0, zero_stage=zero_stage)
+    loader: Any = None
+    return Written(recipe, run, loader, run_folder, out, force)
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_what_came_into_the_way_during_the_run_stays_and_so_does_the_model(one_rank: None, tmp_path: Path, zero_stage: int) -> None:
+    kept = keeper(tmp_path, zero_stage=zero_stage)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "precious.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"made by somebody else during the run; what the run leaves is in .*/\.run-x") as caught:
+        kept.finish()
+    assert caught.value.exit_code == 73
+    assert (tmp_path / "x" / "precious.txt").read_text() == "mine"
+    model = tmp_path / ".run-x" / (f"step-{STEPS:06d}" if zero_stage == 3 else ".")
+    assert (model / "config.json").read_text() == str(STEPS)
+    with pytest.raises(OutputError, match="left by a run"):
+        check_left(tmp_path / ".run-x", force=False)
+
+
+@pytest.mark.parametrize("there", ["folder", "file", "link", "empty folder"])
+def test_force_replaces_what_is_there_and_leaves_nothing_else(one_rank: None, tmp_path: Path, there: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious.txt").write_text("mine")
+    if there == "link":
+        (tmp_path / "x").symlink_to("elsewhere")
+    elif there == "file":
+        (tmp_path / "x").write_text("old")
+    else:
+        (tmp_path / "x").mkdir()
+    if there == "folder":
+        (tmp_path / "x" / "old.txt").write_text("old")
+    assert keeper(tmp_path, force=there != "empty folder").finish() == tmp_path / "x" / f"step-{STEPS:06d}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["run.json", f"step-{STEPS:06d}"]
+    assert (tmp_path / "elsewhere" / "precious.txt").read_text() == "mine"
+
+
+def test_what_force_would_replace_is_there_again_when_it_does_not_succeed(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old.txt").write_text("old")
+    kept = keeper(tmp_path, force=True)
+    rename = Path.rename
+
+    def refuses(path: Path, target: Path) -> Path:
+        if path == kept.run_folder:
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    with pytest.raises(OutputError, match="Permission denied"):
+        kept.finish()
+    assert (tmp_path / "x" / "old.txt").read_text() == "old"
+    assert (kept.run_folder / f"step-{STEPS:06d}" / "config.json").exists()
+
+
+def test_a_model_folder_is_the_best_model_with_the_last_one_in_it(one_rank: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path, zero_stage=0, keep_best=True)
+    kept.take(2, 1.5)
+    kept.take(STEPS, 1.6)
+    assert kept.finish() == tmp_path / "x"
+    assert (tmp_path / "x" / "config.json").read_text() == "2"
+    assert (tmp_path / "x" / "last" / "config.json").read_text() == str(STEPS)
+    assert not list((tmp_path / "x").glob("step-*"))

@@ -22,6 +22,7 @@ from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
 from h3scale.train.run_facts import add_facts
 from h3scale.train.save import write_checkpoint, write_folder
+from h3scale.train.storage import writing
 
 LAST = "last"  # folder of the last model beside the best one
 
@@ -43,7 +44,9 @@ class Keeper:
         self._write(step, {"best": True, "heldout_nll": nll})
         self.best_step, self.best_nll = step, nll
         if before and self.run.rank == 0:  # only now that there is a better one
-            shutil.rmtree(before)
+            for mark in (MANIFEST, "config.json"):  # first what says that it is complete
+                (before / mark).unlink(missing_ok=True)
+            shutil.rmtree(before, ignore_errors=True)
 
     def finish(self) -> Path:
         """Gives the run its name; what it leaves: the best step, or the last one."""
@@ -73,14 +76,16 @@ class Keeper:
         return self.run_folder / f"step-{step:06d}"
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
-        if self.run.zero_stage == 3:
-            write_checkpoint(self.run, self.recipe, self.loader, self._folder(step), step, facts)
-        else:
-            write_folder(self.run, self.recipe, self._folder(step))
+        with writing(self.run_folder):
+            if self.run.zero_stage == 3:
+                write_checkpoint(self.run, self.recipe, self.loader, self._folder(step), step, facts)
+            else:
+                write_folder(self.run, self.recipe, self._folder(step))
 
     def _note(self, facts: dict[str, Any]) -> None:
         if self.run.rank == 0:
-            add_facts(self.run_folder, facts)
+            with writing(self.run_folder):
+                add_facts(self.run_folder, facts)
 
     def _name(self, first: Callable[[], None] = lambda: None) -> None:
         """Gives the run's folder its name, after what is to be done `first`. What it replaces is deleted when that is done."""

@@ -30,6 +30,7 @@ from h3scale.train.metrics import HELD_OUT, Metrics
 from h3scale.train.records import HeldOut, make_held_out, make_loader, places
 from h3scale.train.run_facts import make_metrics
 from h3scale.train.schedule import learning_rate_share
+from h3scale.train.storage import check_space
 from h3scale.train.timing import timed_all_to_all
 
 
@@ -79,6 +80,7 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, claim:
     loader = make_loader(recipe, run)
     held_out = make_held_out(recipe, run, loader)
     by_rank_0(lambda: open_folder(run_folder, force), f"make {run_folder}")
+    by_rank_0(lambda: check_space(recipe, run, run_folder), f"look at the room for {recipe.out}")
     log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
     memory = make_loss_memory(recipe, run)
     if recipe.guards.dry_run:

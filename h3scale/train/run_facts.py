@@ -11,6 +11,7 @@ from h3scale.train.engine import Run
 from h3scale.train.live import open_view
 from h3scale.train.metrics import Metrics
 from h3scale.train.peak import peak_of
+from h3scale.train.storage import model_bytes, writing
 from h3scale.train.trackers import Guarded, open_trackers
 from h3scale.train.watch import Watch
 
@@ -33,8 +34,10 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
             "active_parameters": active_parameters(run.config),
             "flops_per_token": flops.per_token,
             "flops_per_attended_pair": flops.per_pair,
+            "model_bytes": model_bytes(recipe, run),
         }
-        write_json(run_folder / FACTS, facts)
+        with writing(run_folder):
+            write_json(run_folder / FACTS, facts)
         notes = [f"MFU is of {peak}, ranks: {run.world_size}"]
         metrics.trackers += [
             *open_trackers(recipe, run_folder),

@@ -4,13 +4,15 @@ python -m tests.distributed.run_with_poison RUNS
 
 RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them; `poison` is
 none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or of every step from there on with "for ever"),
-"left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), or "in the way" (somebody else makes
-the output at step BAD_STEP). Prints JSON, name -> exit codes.
+"left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), "in the way" (somebody else makes
+the output at step BAD_STEP), or "full disk" (from step BAD_STEP on a file takes FILE_BYTES and no more). Prints JSON,
+name -> exit codes.
 """
 
 import json
 import multiprocessing
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from h3scale.train import dry_run, loop
 from h3scale.train.loss import Losses
 
 BAD_STEP = 3  # counted from 1
+FILE_BYTES = 20_000  # enough for lines of metrics, not for a model
 
 
 class NotFiniteGradient(torch.autograd.Function):
@@ -54,6 +57,8 @@ class Poison:
             out = Path(args[0].out)
             out.mkdir()
             (out / "precious.txt").write_text("mine")
+        if self.what == "full disk" and self.bad:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
         return {} if self.bad and "left out" in self.what else self.one_step(*args)
 
     @property

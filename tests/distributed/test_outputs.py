@@ -4,15 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from h3scale.checkpoint.shards import ModelFolder
 from h3scale.train.claim import Claim
+from h3scale.train.keep import check_left
 from tests.distributed.run_with_poison import BAD_STEP
-from tests.distributed.test_guards import started
+from tests.distributed.test_guards import inside, started
 from tests.distributed.test_train import EXPERTS, make_world
+from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.distributed
 
 RANKS = 2
+DENSE = "full disk, dense"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +25,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs' folders, codes.json and stderr.txt. While they go on, the output of `claimed` is this process's."""
     world = make_world(tmp_path_factory.mktemp("world"), EXPERTS)
     words = [str(world / "recipe.yaml"), "ep_size=2", f"steps={BAD_STEP}"]
-    asked = {name: {"ranks": RANKS, "poison": name, "words": [*words, f"out={world / name}"]} for name in ("claimed", "in the way")}
+    names = ("claimed", "in the way", "full disk")
+    asked = {name: {"ranks": RANKS, "poison": name, "words": [*words, f"out={world / name}"]} for name in names}
+    dense = [words[0], f"steps={BAD_STEP}", "trainable=[all]", "deepspeed=ds_configs/cpu_dense.json", f"out={world / DENSE}"]
+    asked[DENSE] = {"ranks": 1, "poison": "full disk", "words": [*dense, f"model={tiny_llama(world / 'dense')}"]}
     with Claim(world / "claimed") as claim:
         claim.take()
         done = started(asked)
@@ -34,7 +42,11 @@ def errors(runs: Path, out: Path) -> list[str]:
 
 
 def test_all_ranks_end_alike(runs: Path) -> None:
-    assert json.loads((runs / "codes.json").read_text()) == {"claimed": [73] * RANKS, "in the way": [73] * RANKS}
+    codes = json.loads((runs / "codes.json").read_text())
+    both = codes.pop("full disk")
+    assert codes == {"claimed": [73] * RANKS, "in the way": [73] * RANKS, DENSE: [74]}
+    assert set(both) <= {74, 69}  # a rank may lose the other one before the disk refuses its own file
+    assert 74 in both
     assert "Traceback" not in (runs / "stderr.txt").read_text()
 
 
@@ -51,3 +63,26 @@ def test_what_was_made_during_the_run_stays_and_the_model_is_kept_beside_it(runs
     manifest = json.loads((left / f"step-{BAD_STEP:06d}" / "manifest.json").read_text())
     assert all((left / f"step-{BAD_STEP:06d}" / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items())
     assert not list(runs.glob(".run-*.lock*"))
+
+
+@pytest.mark.parametrize("run", ["full disk", DENSE])
+def test_a_full_disk_at_the_end_of_a_run_is_one_line_and_leaves_nothing_that_looks_complete(runs: Path, run: str) -> None:
+    said = [line for line in (runs / "stderr.txt").read_text().splitlines() if f"{runs / f'.run-{run}'}" in line]
+    assert said
+    assert all(line.startswith("error: ") and ": cannot be written: " in line and line.endswith(" GB are free)") for line in said)
+    assert not (runs / run).exists()
+    check_left(runs / f".run-{run}", force=False)
+    assert len((runs / f".run-{run}" / "metrics.jsonl").read_text().splitlines()) == BAD_STEP
+
+
+def test_the_size_of_a_model_is_known_before_it_is_written(runs: Path) -> None:
+    left = runs / ".run-in the way"
+    written: dict[tuple[str, int], int] = {}
+    for path in left.glob("step-*/deepspeed/*_states.pt"):
+        for _, values in inside(torch.load(path, weights_only=False), ""):
+            storage = values.untyped_storage()
+            written[path.name, storage.data_ptr()] = storage.nbytes()
+    foretold = json.loads((left / "run.json").read_text())["model_bytes"]
+    assert foretold == pytest.approx(sum(written.values()), rel=0.02)  # DeepSpeed pads
+    foretold = json.loads((runs / f".run-{DENSE}" / "run.json").read_text())["model_bytes"]
+    assert foretold == sum(spec.num_bytes for spec in ModelFolder(runs / "dense").specs.values())

@@ -21,8 +21,9 @@ from h3scale.train.loss_memory import LossMemory
 from h3scale.train.metrics import GIB, memory_bytes
 
 COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")  # of a DeepSpeed engine
-# What allocators say when there is nothing left, beside torch.OutOfMemoryError: torch's on a CPU, cuBLAS for its workspace.
-WORDS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+# What is said in any case of letters when there is nothing left, beside torch.OutOfMemoryError: by CUDA, its driver and NCCL,
+# by torch's allocator on a CPU, by cuBLAS for its workspace, by the kernel.
+WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cannot allocate memory")
 
 
 def dry_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, memory: LossMemory) -> None:
@@ -92,7 +93,7 @@ def out_of_memory_told(recipe: TrainRecipe, run: Run, where: str) -> Iterator[No
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is used up, on a GPU or a CPU."""
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in WORDS))
 
 
 def remedies(recipe: TrainRecipe, run: Run) -> list[str]:

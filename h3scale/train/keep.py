@@ -19,9 +19,10 @@ from h3scale.data.loader import TypedLoader
 from h3scale.errors import OutputError
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
+from h3scale.train.dry_run import out_of_memory_told
 from h3scale.train.engine import Run
 from h3scale.train.run_facts import add_facts
-from h3scale.train.save import write_checkpoint, write_folder
+from h3scale.train.save import add_to_manifest, write_checkpoint, write_folder
 from h3scale.train.storage import writing
 
 LAST = "last"  # folder of the last model beside the best one
@@ -68,6 +69,9 @@ class Keeper:
         """As `finish`, for a run that stops after `step` good steps: they are in the name and the manifest of what it leaves."""
         if step != self.best_step or self.best_nll == math.inf:
             self._write(step, {"ended": "diverged"} | ({"best": False} if self.keeps_best else {}))
+        elif self.run.zero_stage == 3 and self.run.rank == 0:
+            with writing(self.run_folder):
+                add_to_manifest(self._folder(step), {"ended": "diverged"})
         self._note({"ended": "diverged", "step": step, "steps": self.recipe.steps})
         self._name()
         return self.out / self._folder(step).name
@@ -76,7 +80,7 @@ class Keeper:
         return self.run_folder / f"step-{step:06d}"
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
-        with writing(self.run_folder):
+        with writing(self.run_folder), out_of_memory_told(self.recipe, self.run, "saving"):
             if self.run.zero_stage == 3:
                 write_checkpoint(self.run, self.recipe, self.loader, self._folder(step), step, facts)
             else:

@@ -172,7 +172,7 @@ def is_evaluated(recipe: TrainRecipe, step: int) -> bool:
 def evaluate(t: Training, step: int) -> None:
     """Scores the held-out records after so many steps, and keeps the model if it is the best."""
     assert t.held_out
-    with t.metrics.paused():
+    with t.metrics.paused(), out_of_memory_told(t.recipe, t.run, "evaluation"):
         figures = score(t.recipe, t.run, t.held_out)
         t.metrics.held_out(step, figures)
         t.keeper.take(step, figures[f"{HELD_OUT}lm"])

@@ -89,8 +89,10 @@ class Metrics:
         return line
 
     def held_out(self, step: int, figures: dict[str, float]) -> None:
-        """A line of its own for what held-out records say after a step."""
-        self._write(step, {"step": step, **figures})
+        """A line of its own for what held-out records say after a step; what is not finite is not in it."""
+        line: dict[str, Any] = {"step": step, **figures}
+        self._drop_not_finite(step, line)
+        self._write(step, line)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

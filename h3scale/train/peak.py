@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Peak:
-    """`flops` a second of one rank's device; `source` says whose number that is."""
+    """`flops` a second of one rank's device, the mean where they differ; `source` says whose number that is."""
 
     flops: float
     source: str
@@ -34,15 +35,23 @@ class Peak:
 
 
 def peak_of(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> Peak:
-    """What the recipe says, else the data sheet's number, else a measured one. Every rank calls this."""
+    """What the recipe says, else the data sheet's number, else a measured one. Every rank calls this.
+
+    What is measured is measured by all ranks, also by one whose device is in the table when another's is not.
+    """
     if given_tflops:
         return Peak(given_tflops * 1e12, "tracking.peak_tflops")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    known = known_peak(name)
-    if known:
-        return Peak(known, f"{name}, bf16 dense")
+    names: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    known = [flops for flops in map(known_peak, names) if flops]
+    if len(known) == len(names):
+        return Peak(fmean(known), f"{', '.join(dict.fromkeys(names))}, bf16 dense")
     size = SIZES.get(device.type, SIZES["cpu"])
-    return Peak(_measured(device, dtype, size), f"{name}, measured: {str(dtype).removeprefix('torch.')} product of {size} x {size}")
+    named = ", ".join(dict.fromkeys(names))
+    return Peak(
+        _measured(device, dtype, size), f"{named}, measured: {str(dtype).removeprefix('torch.')} product of {size} x {size}"
+    )
 
 
 def known_peak(name: str) -> float | None:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from h3scale import __version__
-from h3scale.checkpoint.consolidate import expected_shapes, stored_as
-from h3scale.checkpoint.shards import TensorSpec, new_folder, write_json, write_model
+from h3scale.checkpoint.consolidate import MANIFEST, expected_shapes, stored_as
+from h3scale.checkpoint.shards import TensorSpec, new_folder, read_json, write_json, write_model
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.data.tokenizer import save_tokenizer
@@ -103,6 +103,11 @@ def write_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, folder:
     _commit(run, folder, {"step": step, "steps": recipe.steps, **facts, "data": loader.state(step)})
 
 
+def add_to_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """More facts of a checkpoint that is complete. For one rank only."""
+    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | facts)
+
+
 def _commit(run: Run, partial: Path, facts: dict[str, Any]) -> None:
     """Every rank hashes its share of the files; rank 0 writes the manifest, which makes the folder a checkpoint."""
     listed = [sorted(path for path in partial.rglob("*") if path.is_file()) if run.rank == 0 else []]
@@ -114,7 +119,7 @@ def _commit(run: Run, partial: Path, facts: dict[str, Any]) -> None:
     if run.rank == 0:
         hashes = {name: entry for part in gathered for name, entry in part.items()}
         write_json(
-            partial / "manifest.json",
+            partial / MANIFEST,
             {
                 "h3scale": __version__,
                 "world_size": run.world_size,

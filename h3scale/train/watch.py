@@ -35,9 +35,10 @@ class Watch:
         before, many = self.spiking, len(self.losses)
         mean = statistics.fmean(self.losses) if many else loss
         spread = max(statistics.stdev(self.losses) if many > 1 else 0.0, LEAST_SPREAD * abs(mean))
-        self.spiking = many >= WARM_UP and loss > mean + self.guards.spike_sigmas * spread
-        if not self.spiking:
-            self.losses.append(loss)
+        limit = mean + self.guards.spike_sigmas * spread
+        self.spiking = many >= WARM_UP and loss > limit
+        # A jump counts for no more than what would just be none: it does not hide the next one, and one that lasts gets usual.
+        self.losses.append(limit if self.spiking else loss)
         if before or not self.spiking:
             return {}
         logger.warning("step %d: lm jumps to %.4g; the %d steps before had %.4g +- %.2g", line["step"], loss, many, mean, spread)

@@ -26,6 +26,13 @@ def run(**changes: Any) -> Any:
 def test_what_torch_says_when_memory_is_used_up_is_known() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
+    for said in (
+        "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
+        "NCCL error ... Last error:\nCuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)

@@ -6,8 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from h3scale.errors import OutputError
+from h3scale.config.base import load_recipe
+from h3scale.config.recipe import TrainRecipe
+from h3scale.errors import ConfigError, OutputError
+from h3scale.train import keep
 from h3scale.train.keep import Keeper, check_left, open_folder
 
 STEPS = 4
@@ -116,3 +120,28 @@ def test_a_model_folder_is_the_best_model_with_the_last_one_in_it(one_rank: None
     assert (tmp_path / "x" / "config.json").read_text() == "2"
     assert (tmp_path / "x" / "last" / "config.json").read_text() == str(STEPS)
     assert not list((tmp_path / "x").glob("step-*"))
+
+
+@pytest.mark.parametrize("best", [2, 3])
+def test_a_diverged_run_says_so_in_the_manifest_of_its_last_good_step_also_where_that_is_the_best(
+    one_rank: None, tmp_path: Path, best: int
+) -> None:
+    kept = keeper(tmp_path, keep_best=True)
+    kept.take(best, 1.5)
+    assert kept.finish_diverged(3) == tmp_path / "x" / "step-000003"
+    manifest = json.loads((tmp_path / "x" / "step-000003" / "manifest.json").read_text())
+    facts = {"best": True, "heldout_nll": 1.5} if best == 3 else {"best": False}
+    assert manifest == {"step": 3, **facts, "ended": "diverged"}
+
+
+def test_memory_that_runs_out_while_a_model_is_saved_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(keep, "write_checkpoint", full)
+    recipe = load_recipe(TrainRecipe, "recipes/demo/train.yaml", [])
+    engine = SimpleNamespace(device=torch.device("cpu"), zero_offload_optimizer=lambda: None)
+    run: Any = SimpleNamespace(rank=0, zero_stage=3, engine=engine, expert_map=None, world_size=1, ep_size=1)
+    loader: Any = None
+    with pytest.raises(ConfigError, match=r"^saving: out of memory on rank 0 "):
+        Keeper(recipe, run, loader, tmp_path / ".run-x", tmp_path / "x", force=False).finish()

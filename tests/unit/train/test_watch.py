@@ -34,6 +34,12 @@ def test_a_jump_of_the_loss_is_said_once_an_episode(warnings: pytest.LogCaptureF
     assert warnings.messages[0].startswith("step 61: lm jumps to 3; the 60 steps before had 2")
 
 
+def test_a_loss_that_stays_higher_is_said_once_and_the_next_jump_again() -> None:
+    for shift in (0.5, 5.0):  # as when an alignment has no records left
+        losses = [*noisy(150), *noisy(200, level=2.0 + shift, seed=1), 50.0]
+        assert flags(Watch(Guards(), {}), losses) == [151, len(losses)]
+
+
 def test_noise_a_falling_loss_and_the_first_steps_are_no_jump() -> None:
     assert flags(Watch(Guards(), {}), noisy(3000)) == []
     assert flags(Watch(Guards(), {}), [9.0 - step / 100 for step in range(500)]) == []

@@ -50,10 +50,15 @@ def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None =
     for override in words:
         if override != TINY:
             _apply(values, override)
+    return checked(schema, values, str(path))
+
+
+def checked(schema: type[R], values: dict[str, Any], where: str) -> R:
+    """The values as the schema has them; ConfigError (78) with all that it has to say against them."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_finding(str(path), schema, item) for item in _told_once(error.errors())]) from None
+        raise ConfigError([_finding(where, schema, item) for item in _told_once(error.errors())]) from None
 
 
 def load_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -155,6 +160,9 @@ def _finding(where: str, schema: type[BaseModel], item: Any) -> str:
         return f"{where}: {key}: unknown key ({hint})"
     if item["type"] == "missing":
         return f"{where}: {key}: is required"
+    if item["type"] == "model_type":
+        known = _fields_at(schema, item["loc"])
+        return f"{where}: {key}: {item['input']!r}: expected a section with keys of its own (works: {', '.join(sorted(known))})"
     message = item["msg"].removeprefix("Value error, ")
     value = "" if isinstance(item["input"], dict) else f"{item['input']!r}: "
     return f"{where}: {key}: {value}{message}" if key else f"{where}: {message}"

@@ -1,118 +1,17 @@
 """DeepSpeed's JSON: read, checked (DeepSpeed itself accepts typos in silence) and completed from the recipe."""
 
-import difflib
 import json
-from collections.abc import Iterator
 from typing import Any
 
-from h3scale.config.base import find
+from h3scale.config.base import checked, find
+from h3scale.config.deepspeed_keys import OWNED, SET_HERE, UNSUPPORTED, UNSUPPORTED_VALUES, DeepSpeedFile
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError
 from h3scale.topology import Topology, best_ep_size, divisors
 
-# What the recipe owns, and the recipe's word for it. A file that sets one of these too would have two masters.
-OWNED = {
-    "train_batch_size": "data.rows_per_batch",
-    "train_micro_batch_size_per_gpu": "rows_per_micro_batch",
-    "gradient_accumulation_steps": "data.rows_per_batch, rows_per_micro_batch",
-    "gradient_clipping": "optimizer.clip_norm",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-}
-KNOWN = {
-    "bf16",
-    "zero_optimization",
-    "expert_parallel",
-    "activation_checkpointing",
-    "comms_logger",
-    "communication_data_type",
-    "data_types",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "seq_parallel_communication_data_type",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "aio",
-    "compile",
-}
-ZERO_OPTIMIZATION = {
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "load_from_fp32_weights",
-    "offload_param",
-    "offload_optimizer",
-    "sub_group_size",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params",
-    "stage3_allgather_sequential",
-    "round_robin_gradients",
-    "memory_efficient_linear",
-    "ignore_unused_parameters",
-    "leaf_module",
-}
-EXPERT_PARALLEL = {
-    "enabled": "by the model: on for a mixture of experts",
-    "autoep_size": "ep_size",
-    "preset_model": "by the model's family",
-}
-EXPERT_PARALLEL_FREE = {
-    "use_grouped_mm",
-    "disable_triton_grouped_mm",
-    "combine_impl",
-    "row_weighting_impl",
-    "gate_up_impl",
-    "comm_backend",
-    "comm_num_sm",
-    "comm_qp_margin",
-    "comm_max_tokens_per_rank",
-    "async_split_plan",
-    "validate_folding_routing",
-}
-
-
-SECTIONS = {
-    "zero_optimization": ZERO_OPTIMIZATION,
-    "zero_optimization.offload_param": {"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"},
-    "zero_optimization.offload_optimizer": {
-        "device",
-        "nvme_path",
-        "buffer_count",
-        "pin_memory",
-        "pipeline_read",
-        "pipeline_write",
-        "fast_init",
-        "ratio",
-        "super_offload",
-        "cpuadam_cores_perc",
-    },
-    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"},
-    "activation_checkpointing": {
-        "partition_activations",
-        "number_checkpoints",
-        "contiguous_memory_optimization",
-        "synchronize_checkpoint_boundary",
-        "profile",
-        "cpu_checkpointing",
-    },
-}
-
 
 def read_deepspeed(path: str) -> dict[str, Any]:
-    """The JSON of a ds_config; ConfigError (78) with all findings for owned or unknown keys and for "auto"."""
+    """The JSON of a ds_config; ConfigError (78) with all findings: keys that are owned, unsupported or unknown, types, "auto"."""
     file = find(path)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -120,40 +19,42 @@ def read_deepspeed(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    sections = [key for key in ("expert_parallel", *SECTIONS) if not isinstance(values.get(key, {}), dict)]
-    if sections:
-        raise ConfigError([f"{path}: {key}: expected a JSON object" for key in sections])
-    findings = [f"{path}: {key}: the recipe owns this (set {OWNED[key]} there)" for key in values if key in OWNED]
-    findings += [_unknown(path, key, key, KNOWN) for key in values if key not in KNOWN and key not in OWNED]
-    expert_parallel = values.get("expert_parallel", {})
-    findings += [
-        f"{path}: expert_parallel.{key}: h3scale sets this ({EXPERT_PARALLEL[key]})"
-        for key in expert_parallel
-        if key in EXPERT_PARALLEL
-    ]
-    findings += [
-        _unknown(path, f"expert_parallel.{key}", key, EXPERT_PARALLEL_FREE)
-        for key in expert_parallel
-        if key not in EXPERT_PARALLEL_FREE and key not in EXPERT_PARALLEL
-    ]
-    for section, known in SECTIONS.items():
-        inside: Any = values
-        for name in section.split("."):
-            inside = inside.get(name, {}) if isinstance(inside, dict) else {}
-        if isinstance(inside, dict):
-            findings += [_unknown(path, f"{section}.{key}", key, known) for key in inside if key not in known]
-    findings += [f"{path}: {place}: 'auto' is no value here (write a number)" for place in _autos(values, "")]
-    zero = values.get("zero_optimization", {})
-    findings += [
-        f"{path}: zero_optimization.{key}: expected a JSON object"
-        for key in ("offload_param", "offload_optimizer")
-        if not isinstance(zero.get(key, {}), dict)
-    ]
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        findings.append(f"{path}: zero_optimization.stage: {zero['stage']!r} (works: 0, 1, 2, 3)")
+    findings: list[str] = []
+    rest = _refused(path, values, "", findings)
+    try:
+        checked(DeepSpeedFile, rest, path)
+    except ConfigError as error:
+        findings += error.findings
     if findings:
         raise ConfigError(findings)
     return values
+
+
+def _refused(path: str, values: dict[str, Any], section: str, findings: list[str]) -> dict[str, Any]:
+    """The values without those that a word can be said about; the words go to `findings`."""
+    rest: dict[str, Any] = {}
+    for key, value in values.items():
+        place = f"{section}{key}"
+        word = _word(place, value)
+        if word:
+            findings.append(f"{path}: {place}: {word}")
+        else:
+            rest[key] = _refused(path, value, f"{place}.", findings) if isinstance(value, dict) else value
+    return rest
+
+
+def _word(place: str, value: Any) -> str:
+    """Why a key of DeepSpeed's, or its value, is refused; nothing where that is up to its type."""
+    if place in OWNED:
+        return f"the recipe owns this (set {OWNED[place]} there)"
+    if place in SET_HERE:
+        return f"h3scale sets this ({SET_HERE[place]})"
+    if place in UNSUPPORTED:
+        return f"not supported here: {UNSUPPORTED[place]}"
+    if isinstance(value, str) and (place, value) in UNSUPPORTED_VALUES:
+        return f"{value!r} is not supported here: {UNSUPPORTED_VALUES[place, value]}"
+    # The Trainer of transformers fills this in, DeepSpeed itself turns it into anything.
+    return "'auto' is no value here (write one, or leave the key out)" if value == "auto" else ""
 
 
 def complete(
@@ -202,17 +103,3 @@ def complete(
     else:
         config.pop("expert_parallel", None)
     return config
-
-
-def _autos(value: Any, place: str) -> Iterator[str]:
-    """Where "auto" stands: the Trainer of transformers fills it in, DeepSpeed itself turns it into anything."""
-    if value == "auto":
-        yield place
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _autos(inner, f"{place}.{key}" if place else key)
-
-
-def _unknown(path: str, shown: str, key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"{path}: {shown}: unknown key ({f'did you mean {near[0]!r}?' if near else 'DeepSpeed would ignore it'})"

@@ -50,7 +50,10 @@ def test_data_alone_is_short_for_its_records_and_leaves_the_rest(recipe: Path, t
     ("override", "finding"),
     [
         ("data.records=[]", "data.records: []: List should have at least 1 item after validation, not 0"),
-        ("data.records=[3]", "data.records.0: 3: Input should be a valid dictionary or instance of Source"),
+        (
+            "data.records=[3]",
+            "data.records.0: 3: expected a section with keys of its own (works: adapter, alignment, part, path, split)",
+        ),
         ("data.records=[{path: x, adaptor: y}]", "data.records.0.adaptor: unknown key (did you mean 'adapter'?)"),
         ("data.weights={helpful: -1}", "data.weights.helpful: -1: Input should be greater than or equal to 0"),
         ("data.weights={helpful: .nan}", "data.weights.helpful: nan: Input should be a finite number"),

@@ -1,12 +1,17 @@
 """DeepSpeed files: one master for every value, and no typo in silence."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from pydantic import BaseModel
 
 from h3scale.config.base import find, load_recipe
-from h3scale.config.deepspeed import SECTIONS, complete, read_deepspeed
+from h3scale.config.deepspeed import complete, read_deepspeed
+from h3scale.config.deepspeed_keys import OWNED, SET_HERE, UNSUPPORTED, DeepSpeedFile
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError
 
@@ -37,7 +42,7 @@ def test_typos_that_deepspeed_would_ignore_are_refused(tmp_path: Path) -> None:
     text = str(caught.value)
     assert "did you mean 'zero_optimization'?" in text
     assert "did you mean 'use_grouped_mm'?" in text
-    assert "expert_parallel.autoep_size: h3scale sets this (ep_size)" in text
+    assert "expert_parallel.autoep_size: the recipe owns this (set ep_size there)" in text
 
 
 def test_auto_is_no_value(tmp_path: Path) -> None:
@@ -49,24 +54,75 @@ def test_auto_is_no_value(tmp_path: Path) -> None:
     ("values", "finding"),
     [
         ([1], "expected a JSON object, found list"),
-        ({"zero_optimization": 3}, "zero_optimization: expected a JSON object"),
-        ({"zero_optimization": {"stage": 9}}, r"zero_optimization\.stage: 9 \(works: 0, 1, 2, 3\)"),
+        ({"zero_optimization": 3}, "zero_optimization: 3: expected a section"),
+        ({"zero_optimization": {"stage": 9}}, r"zero_optimization\.stage: 9: Input should be less than or equal to 3"),
+        ({"zero_optimization": {"stage": True}}, r"zero_optimization\.stage: True: Input should be a valid integer"),
+        ({"zero_optimization": {"stage": 2.5}}, r"zero_optimization\.stage: 2.5: Input should be a valid integer"),
         ({"zero_optimization": {"offload_optimzer": {}}}, "did you mean 'offload_optimizer'"),
         (
             {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
             r"zero_optimization\.offload_optimizer\.devise: unknown key \(did you mean 'device'",
         ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+            r"zero_optimization\.offload_optimizer\.device: 'gpu': Input should be 'none' or 'cpu'",
+        ),
+        ({"zero_optimization": {"offload_param": "cpu"}}, r"zero_optimization\.offload_param: 'cpu': expected a section"),
+        ({"zero_optimization": {"offload_param": None}}, r"zero_optimization\.offload_param: None: expected a section"),
+        ({"zero_optimization": {"leaf_module": {"class": []}}}, r"leaf_module\.class: unknown key \(did you mean 'classes'"),
+        ({"zero_optimization": {"overlap_comm": "yes"}}, r"overlap_comm: 'yes': Input should be a valid boolean"),
         ({"bf16": {"enable": True}}, r"bf16\.enable: unknown key \(did you mean 'enabled'"),
-        ({"zero_optimization": {"offload_param": "cpu"}}, r"zero_optimization\.offload_param: expected a JSON object"),
-        ({"bf16": True}, "bf16: expected a JSON object"),
-        ({"activation_checkpointing": {"partition": True}}, r"activation_checkpointing\.partition: unknown key"),
+        ({"bf16": True}, "bf16: True: expected a section"),
         ({"bf16": {"enabled": "auto"}}, r"bf16\.enabled: 'auto' is no value here"),
         ({"steps_per_print": "auto"}, r"steps_per_print: 'auto' is no value here"),
+        ({"data_types": 5}, "data_types: 5: expected a section"),
+        (
+            {"data_types": {"grad_acum_dtype": "fp32"}},
+            r"data_types\.grad_acum_dtype: unknown key \(did you mean 'grad_accum_dtype'",
+        ),
+        ({"data_types": {"grad_accum_dtype": "f32"}}, r"data_types\.grad_accum_dtype: 'f32': Input should be 'fp32' or 'bf16'"),
+        ({"comms_logger": {"enable": True}}, r"comms_logger\.enable: unknown key"),
+        ({"flops_profiler": {"profile_steps": 1}}, r"flops_profiler\.profile_steps: unknown key \(did you mean 'profile_step'"),
     ],
 )
 def test_what_is_no_deepspeed_file_is_refused(tmp_path: Path, values: object, finding: str) -> None:
-    with pytest.raises(ConfigError, match=finding):
+    with pytest.raises(ConfigError, match=finding) as caught:
         read_deepspeed(write(tmp_path, values))
+    assert len(caught.value.findings) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "finding"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16: not supported here: experts that see few tokens overflow it"),
+        ({"communication_data_type": "fp16"}, "communication_data_type: 'fp16' is not supported here: experts"),
+        ({"aio": {}}, "aio: not supported here: optimizers on NVMe"),
+        ({"compile": {"deepcompile": True}}, "compile: not supported here: h3scale does not compile"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing: the recipe owns this .set activation_checkpointing: true"),
+        ({"bf16": {"bf16_optimizer_states": True}}, r"bf16\.bf16_optimizer_states: not supported here: .* fp32 master weights"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, r"bf16_master_weights_and_grads: not supported here: .* fp32 master"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, r"zero_optimization\.zero_hpz_partition_size: .* ZeRO\+\+"),
+        (
+            {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}},
+            "model_save: not supported here: .* h3scale checkpoint consolidate",
+        ),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "device: 'nvme' is not supported here: .*; cpu works"),
+        ({"zero_optimization": {"offload_optimizer": {"nvme_path": "/x"}}}, "nvme_path: not supported here: .*; cpu works"),
+        ({"expert_parallel": {"top_k": 2}}, r"expert_parallel\.top_k: not supported here: it is read from the model"),
+        ({"zero_allow_untested_optimizer": False}, r"zero_allow_untested_optimizer: h3scale sets this \(true\)"),
+    ],
+)
+def test_what_deepspeed_knows_and_is_refused_says_why(tmp_path: Path, values: object, finding: str) -> None:
+    with pytest.raises(ConfigError, match=finding) as caught:
+        read_deepspeed(write(tmp_path, values))
+    assert len(caught.value.findings) == 1
+    assert "did you mean" not in str(caught.value)
+
+
+def test_counts_may_be_written_as_people_write_large_ones(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, {}))
+    path.write_text('{"steps_per_print": 1e9, "zero_optimization": {"stage": 3, "reduce_bucket_size": 5e7}}')
+    assert read_deepspeed(str(path))["zero_optimization"]["reduce_bucket_size"] == 5e7
 
 
 def test_the_batch_is_the_same_for_any_number_of_ranks() -> None:
@@ -87,18 +143,79 @@ def test_a_dense_model_has_no_expert_parallelism() -> None:
     assert "expert_parallel" not in complete({"expert_parallel": {}}, recipe("ep_size=1"), "r.yaml", 2, None)
 
 
-def test_the_known_keys_are_those_of_the_installed_deepspeed() -> None:
-    from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
+def keys_of(schema: type[BaseModel], section: str = "") -> Iterator[str]:
+    """A section's keys as they are written in the file: under its alias, where a field has one."""
+    for name, field in schema.model_fields.items():
+        yield f"{section}.{field.alias or name}".removeprefix(".")
+
+
+class Recorder(dict[str, Any]):
+    """A dict that knows which keys it has been asked for."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:  # `key in config.keys()` is how DeepSpeed asks for some
+        return self
+
+    def __copy__(self) -> "Recorder":
+        return Recorder(self)
+
+    def __deepcopy__(self, memo: Any) -> "Recorder":
+        return Recorder(self)
+
+
+def deepspeed_keys() -> set[str]:
+    """The keys that the installed DeepSpeed reads: of the file, and of each section that h3scale allows."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.module_inject.auto_ep_config import AutoEPConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
-    assert SECTIONS["bf16"] == set(DeepSpeedBF16Config.model_fields)
-    assert SECTIONS["activation_checkpointing"] == set(ACT_CHKPT_DEFAULT)
-    assert SECTIONS["zero_optimization.offload_param"] == set(DeepSpeedZeroOffloadParamConfig.model_fields)
-    assert SECTIONS["zero_optimization.offload_optimizer"] == set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)
-    zero = {alias for name, field in DeepSpeedZeroConfig.model_fields.items() for alias in (name, field.alias) if alias}
-    assert SECTIONS["zero_optimization"] <= zero
+    DeepSpeedConfig(Recorder(train_batch_size=1))  # type: ignore[arg-type]
+    data_types = ("GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES")
+    return {
+        *Recorder.asked,
+        *keys_of(DeepSpeedBF16Config, "bf16"),
+        *keys_of(DeepSpeedZeroConfig, "zero_optimization"),
+        *keys_of(DeepSpeedZeroOffloadParamConfig, "zero_optimization.offload_param"),
+        *keys_of(DeepSpeedZeroOffloadOptimizerConfig, "zero_optimization.offload_optimizer"),
+        *keys_of(DeepSpeedZeroLeafModuleConfig, "zero_optimization.leaf_module"),
+        *keys_of(CommsLoggerConfig, "comms_logger"),
+        *(f"flops_profiler.{name}" for name in vars(DeepSpeedFlopsProfilerConfig({}))),
+        *(f"data_types.{getattr(constants, name)}" for name in data_types),
+        *(f"expert_parallel.{field.name}" for field in fields(AutoEPConfig) if field.init),
+    }
+
+
+def allowed_keys(schema: type[BaseModel] = DeepSpeedFile, section: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        yield f"{section}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from allowed_keys(field.annotation, f"{section}{name}.")
+
+
+REMOVED = {"zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather"} | {
+    "zero_optimization.zeropp_loco_param"  # DeepSpeed knows these by name only, to refuse them
+}
+
+
+def test_every_key_of_the_installed_deepspeed_is_allowed_or_refused_with_a_reason_and_no_other_is() -> None:
+    allowed, told = set(allowed_keys()), {*OWNED, *SET_HERE, *UNSUPPORTED}
+    assert not allowed & told
+    assert allowed | told == deepspeed_keys() | REMOVED
 
 
 @pytest.mark.parametrize(("experts", "ranks", "ranks_per_node", "found"), [(8, 16, 8, 8), (4, 8, 8, 4), (6, 8, 8, 2), (7, 8, 8, 1)])

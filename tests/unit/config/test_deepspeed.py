@@ -26,9 +26,21 @@ def recipe(*overrides: str) -> TrainRecipe:
     return load_recipe(TrainRecipe, "recipes/demo/train.yaml", list(overrides))
 
 
-@pytest.mark.parametrize("path", sorted(p.name for p in find("ds_configs/cpu_debug.json").parent.glob("*.json")))
+SHIPPED = sorted(p.name for p in find("ds_configs/cpu_debug.json").parent.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED)
 def test_shipped_files_pass(path: str) -> None:
     assert read_deepspeed(f"ds_configs/{path}")["zero_optimization"]["stage"] in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_a_file_that_computes_in_bf16_sums_gradients_in_fp32_and_copies_few_of_them(path: str) -> None:
+    values = read_deepspeed(f"ds_configs/{path}")
+    if values.get("bf16", {}).get("enabled"):
+        assert values["data_types"]["grad_accum_dtype"] == "fp32"
+        if values["zero_optimization"]["stage"] == 3:  # DeepSpeed's own value is 10 times as large
+            assert 4 * values["zero_optimization"]["sub_group_size"] <= 0.5e9
 
 
 def test_what_the_recipe_owns_is_refused_with_the_recipes_word(tmp_path: Path) -> None:

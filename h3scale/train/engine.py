@@ -79,8 +79,6 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         if recipe.lora:
             add_lora(model, recipe.lora)
         freeze(model, recipe.trainable)
-        if moe:
-            _check_experts_trained(model, where)
         groups = _groups(model, recipe, ds_config)
         for line in what_is_trained(model, {group["name"].split(",")[0]: group["peak_lr"] for group in groups}):
             logger.info("%s", line)
@@ -156,9 +154,10 @@ def _model(recipe: TrainRecipe, tokenizer: Any, ds_config: dict[str, Any]) -> to
     return empty_model(folder, ds_config) if _stage(ds_config) == 3 else load_model(folder, computes_in(ds_config))
 
 
-def _check_experts_trained(model: torch.nn.Module, where: str) -> None:
+def check_savable(recipe: TrainRecipe, where: str) -> None:
     """ConfigError (78) for frozen experts: DeepSpeed cannot save them, and would say so after the training."""
-    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if group_of(name) == "experts"):
+    _, moe = _experts(recipe, where)
+    if moe and not {"all", "experts", "ffn"} & set(recipe.trainable):
         raise ConfigError(
             f"{where}: trainable: the experts are frozen, and DeepSpeed cannot save that "
             "(works: experts among `trainable`, with optimizer.learning_rates: {experts: 0})"

@@ -20,7 +20,7 @@ from h3scale.train.agree import by_rank_0
 from h3scale.train.ballast import room_for_moments
 from h3scale.train.claim import Claim
 from h3scale.train.dry_run import dry_run, out_of_memory_told
-from h3scale.train.engine import Run, set_learning_rate, start
+from h3scale.train.engine import Run, check_savable, set_learning_rate, start
 from h3scale.train.guards import FiniteCheck, NotFinite, Skips, finish_step
 from h3scale.train.heldout import score
 from h3scale.train.keep import Keeper, check_left, open_folder
@@ -74,6 +74,7 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
 
 def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, claim: Claim, log_file: LogFile) -> Training:
     """Everything up to the first step."""
+    check_savable(recipe, where)
     seed_everything(recipe.seed)
     run = start(recipe, where)
     by_rank_0(claim.take, f"claim {recipe.out}")

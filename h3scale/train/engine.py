@@ -23,7 +23,7 @@ from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, ran
 from h3scale.model.trainable import freeze, group_of, what_is_trained, whole_shape
 from h3scale.train.anchor import expert_gammas
 from h3scale.train.balance import check_balance
-from h3scale.train.load import computes_in, empty_model, fill, freed_memory_returned
+from h3scale.train.load import computes_in, empty_model, fill, freed_memory_returned, rounding
 
 
 @dataclass
@@ -88,6 +88,9 @@ def start(recipe: TrainRecipe, where: str) -> Run:
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, optimizer=None, model_parameters=groups)
         if recipe.model and zero_stage:
             fill(engine, Path(recipe.model))
+            lost = rounding(ModelFolder(recipe.model), engine.module, computes_in(ds_config))
+            if lost and dist.get_rank() == 0:
+                logger.warning("%s", lost)
     _limit_all_groups(timeout)
     torch.manual_seed(recipe.seed * world_size + dist.get_rank())  # from here on only dropout draws, each rank its own
     return Run(

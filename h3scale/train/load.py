@@ -51,6 +51,21 @@ def computes_in(ds_config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
+def rounding(folder: ModelFolder, model: nn.Module, dtype: torch.dtype) -> str | None:
+    """What frozen weights lose when they are kept in `dtype`, for people; None where they lose nothing.
+
+    Trained ones lose nothing: they have fp32 masters.
+    """
+    finer = sorted({spec.dtype for spec in folder.specs.values() if spec.dtype.is_floating_point} - {dtype}, key=str)
+    if dtype == torch.float32 or not finer or all(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    kinds = ", ".join(str(kind).removeprefix("torch.") for kind in finer)
+    return (
+        f"{folder.path}: has {kinds} weights; those that are frozen are kept, and released, rounded to bfloat16 "
+        "(works: a model in bfloat16, or a ds_config without bf16)"
+    )
+
+
 def _cut(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """Gives each parameter memory and cuts it before the next one is made."""
     from deepspeed.runtime.zero import Init

@@ -1,6 +1,7 @@
 """Recipes for real models, without running them: they fit their DeepSpeed file, their ranks, their model and their data."""
 
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -121,15 +122,84 @@ def test_the_epochs_that_the_readme_tells_are_those_of_the_steps(path: Path) -> 
     assert told == pytest.approx(epochs, rel=0.05, abs=0.01)
 
 
-@pytest.mark.parametrize("path", [path for path in RUNS if is_fused(load_recipe(TrainRecipe, path))], ids=name_of)
-def test_a_gpu_holds_its_part_of_what_is_trained(path: Path) -> None:
+@dataclass(frozen=True)
+class Sizes:
+    """A base's sizes, by the README, and the experts that its fuse recipe makes of it."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    vocabulary: int
+    experts: int
+
+    @property
+    def ffns(self) -> int:
+        """Parameters of one expert, or of a dense model's FFNs, in all layers."""
+        return 3 * self.layers * self.hidden * self.ffn
+
+
+def row_of(path: Path) -> list[str]:
     (row,) = [row for row in tables()["folder"] if row[0] == path.parent.name]
-    shapes = dict(zip(("layers", "hidden", "ffn"), (int(text) for text in row[2].split(" / ")), strict=True))
-    trained = fuse_of(path).num_experts * 3 * shapes["layers"] * shapes["hidden"] * shapes["ffn"]
-    share = 16 * trained / (nodes_of(path) * RANKS_PER_NODE)
-    assert share < 0.6 * GPU_BYTES
-    if nodes_of(path) == 1:
-        assert share / 1e9 == pytest.approx(float(row[3].split()[0]), abs=0.6)
+    return row
+
+
+def sizes_of_model(path: Path) -> Sizes:
+    return Sizes(*(int(text) for text in row_of(path)[2].split(" / ")), fuse_of(path).num_experts)
+
+
+def state_bytes(path: Path) -> float:
+    """A GPU's part of what is trained: bf16 weight, fp32 gradient and master, two moments, and a 16-bit start held by the drift."""
+    recipe, sizes = load_recipe(TrainRecipe, path), sizes_of_model(path)
+    drift = 2 * bool(recipe.drift.gamma or recipe.drift.gammas)
+    trained = (2 + 4 + 4 + 8 + drift) * sizes.experts * sizes.ffns if is_fused(recipe) else 18 * sizes.ffns * bool(recipe.trainable)
+    return trained / (nodes_of(path) * RANKS_PER_NODE)
+
+
+def passing_bytes(path: Path) -> float:
+    """What a GPU holds at the peak of a step beside that: frozen and gathered weights, logits, activations, buckets."""
+    recipe, sizes, top_k = load_recipe(TrainRecipe, path), sizes_of_model(path), fuse_of(path).top_k
+    zero = read_deepspeed(recipe.deepspeed)["zero_optimization"]
+    tokens, hidden = recipe.rows_per_micro_batch * recipe.data.sequence_length, sizes.hidden
+    frozen = 2 * (2 * sizes.vocabulary * hidden + 4 * hidden**2 * sizes.layers) / (nodes_of(path) * RANKS_PER_NODE)
+    in_bf16, in_fp32 = 2 * 2 * tokens * sizes.vocabulary, 2 * 4 * min(tokens, 1024) * sizes.vocabulary
+    ep_size = best_ep_size(sizes.experts, RANKS_PER_NODE) if recipe.ep_size == "best" else recipe.ep_size
+    of_a_layer = 2 * sizes.ffns / sizes.layers * (sizes.experts / ep_size if is_fused(recipe) else 1)
+    buckets = 2 * (zero["reduce_bucket_size"] + zero["stage3_prefetch_bucket_size"]) + 4 * zero["sub_group_size"]
+    layer = 2 * tokens * (8 * hidden + (top_k if is_fused(recipe) else 1) * (2 * hidden + 4 * sizes.ffn))
+    kept = 2 * tokens * hidden * sizes.layers + layer if recipe.activation_checkpointing else layer * sizes.layers
+    return frozen + in_bf16 + in_fp32 + 2 * zero["stage3_max_live_parameters"] + of_a_layer + buckets + kept
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_gpu_holds_its_part(path: Path) -> None:
+    total = state_bytes(path) + passing_bytes(path)
+    assert total < 0.9 * GPU_BYTES
+    if path.stem == "train":
+        assert float(row_of(path)[3].removesuffix(" GB")) == pytest.approx(state_bytes(path) / 1e9, abs=0.06)
+        assert float(row_of(path)[4].removesuffix(" GB")) == pytest.approx(total / 1e9, abs=0.6)
+
+
+def test_the_disk_and_the_host_memory_that_the_readme_tells_are_those_of_the_largest_recipe() -> None:
+    sizes = sizes_of_model(ROOT / "recipes/llama31_8b/train.yaml")
+    trained = sizes.experts * sizes.ffns
+    key_and_value = 2 * 1024  # of 8 heads of 128
+    frozen = 2 * sizes.vocabulary * sizes.hidden + sizes.layers * sizes.hidden * (2 * sizes.hidden + key_and_value)
+    assert f"{(12 * trained + 2 * frozen) / 1e9:.0f} GB for\n  Llama-3.1's four experts" in README
+    assert f"{(12 * sizes.ffns + 2 * frozen) / 1e9:.0f} GB for one aligned model" in README
+    assert f"A consolidated model is fp32: {4 * (trained + frozen) / 1e9:.0f} GB" in README
+    assert f"some {24 * trained / 1e10:.0f}0 GB for Llama-3.1's four experts" in README
+
+
+FUSED = {load_recipe(FuseRecipe, path).out for path in sorted((ROOT / "recipes").rglob("fuse*.yaml"))}
+ALL_RUNS = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if "steps" in load_yaml(path)]
+
+
+@pytest.mark.parametrize("path", ALL_RUNS, ids=name_of)
+def test_no_recipe_freezes_experts_that_could_not_be_saved(path: Path) -> None:
+    recipe = load_recipe(TrainRecipe, path)
+    stage = read_deepspeed(recipe.deepspeed)["zero_optimization"]["stage"]
+    if recipe.model in FUSED and stage == 3:  # DeepSpeed writes no frozen experts; a learning rate of 0 does
+        assert {"experts", "ffn", "all"} & set(recipe.trainable)
 
 
 def test_an_extended_recipe_says_all_that_its_model_changes() -> None:

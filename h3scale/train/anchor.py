@@ -26,7 +26,7 @@ from h3scale.train.shard import Shard
 class Held:
     """This rank's part of one stacked tensor of experts, and the values it had at the start.
 
-    They are kept in bf16 where that is exact, which it is for models published in bf16, and on the host where the optimizer is.
+    They are kept in 16 bits where that is exact, as it is for models published so, and on the host where the optimizer is.
     """
 
     shard: Shard
@@ -177,5 +177,13 @@ def _held(engine: Any, moe_type: str, gammas: Sequence[float]) -> Iterator[Held]
         if any(gammas[first : first + shard.shape[0]]):  # of all this EP rank's experts: the ranks that gather agree
             start = shard.values()
             start = start.cpu() if offloaded else start
-            rounded = start.bfloat16()
-            yield Held(shard, found["layer"], len(gammas), rounded if torch.equal(rounded.float(), start) else start.clone())
+            yield Held(shard, found["layer"], len(gammas), _smallest(start))
+
+
+def _smallest(values: Tensor) -> Tensor:
+    """A copy of the values in 16 bits where that is exact."""
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = values.to(dtype)
+        if torch.equal(rounded.float(), values):
+            return rounded
+    return values.clone()

@@ -86,9 +86,10 @@ def starts(values: torch.Tensor, gammas: list[float]) -> list[torch.Tensor]:
     return [held.start for held in _held(Engine(values), "mixtral", gammas)]
 
 
-def test_a_start_that_bf16_holds_exactly_takes_half_the_memory() -> None:
-    exact = torch.randn(2, 3, 4).bfloat16().float()
-    assert starts(exact, [1.0, 1.0])[0].dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_start_that_16_bits_hold_exactly_takes_half_the_memory(dtype: torch.dtype) -> None:
+    exact = torch.randn(2, 3, 4).to(dtype).float()
+    assert starts(exact, [1.0, 1.0])[0].dtype == dtype
     finer = exact.clone()
     finer[0, 0, 0] += 1e-4
     (start,) = starts(finer, [1.0, 1.0])

@@ -3,7 +3,7 @@
 transformers (before 5.23) gives every rank the whole state dict; DeepSpeed's way to experts gathers every layer's. Here each
 rank reads only the bytes of its own shards, and nothing is gathered. What a rank needs beside its shards, at the most, is the
 experts of one layer that it holds, before they are cut over its expert-data-parallel group (AutoEP allocates them twice),
-or the largest other tensor. Measured in benchmarks/README.md.
+or its shard of the largest tensor in fp32, twice. Measured in benchmarks/README.md.
 """
 
 import ctypes

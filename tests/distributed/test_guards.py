@@ -47,18 +47,27 @@ STAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
 }  # fmt: skip
 SKIPPING = ("left out", "loss", "gradient")  # all that is done at the stages named next
 BRIEF = ("ZeRO-3 with offload, EP 2", "ZeRO-1, bf16, dense")
+QUICK = ("ZeRO-3, EP 2", "no ZeRO, LoRA")  # the others are run by make test-all
+PARAMS = {name: pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in STAGES}
 DRAWN = ["lora.dropout=0.3"]  # where there is LoRA, in runs that may draw the same random numbers
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of all stages, in folders STAGE/RUN, and codes.json."""
+def asked_for(request: pytest.FixtureRequest) -> list[str]:
+    """The stages that the selected tests look at."""
+    return [name for name in STAGES if any(f"[{name}" in item.nodeid for item in request.session.items)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, asked_for: list[str]) -> Path:
+    """All runs of the stages that are asked for, in folders STAGE/RUN, and codes.json."""
     world = make_world(tmp_path_factory.mktemp("world"), EXPERTS)
     write_records(world / "heldout.jsonl", ("helpful", "harmless", "honest"))
     tiny_llama(world / "dense")
     names = {"DENSE": str(world / "dense"), "RECORDS": str(world / "heldout.jsonl")}
     asked = {}
-    for stage, (changes, config) in STAGES.items():
+    for stage in asked_for:
+        changes, config = STAGES[stage]
         (world / f"{stage}.json").write_text(json.dumps({**config, "steps_per_print": 10**9}))
         for run in SKIPPING if stage in BRIEF else RUNS:
             poison, more = RUNS[run]
@@ -88,12 +97,12 @@ def started(asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.fixture(params=STAGES)
+@pytest.fixture(params=PARAMS.values())
 def any_stage(request: Any, runs: Path) -> Path:
     return runs / request.param
 
 
-@pytest.fixture(params=[name for name in STAGES if name not in BRIEF])
+@pytest.fixture(params=[param for name, param in PARAMS.items() if name not in BRIEF])
 def stage(request: Any, runs: Path) -> Path:
     return runs / request.param
 
@@ -127,11 +136,11 @@ def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def test_all_ranks_end_alike(runs: Path) -> None:
+def test_all_ranks_end_alike(runs: Path, asked_for: list[str]) -> None:
     codes = json.loads((runs / "codes.json").read_text())
     wanted = {"diverged": [76, 76], "memory": [78, 78]}
     assert codes == {name: wanted.get(name.split("/")[-1], [0, 0]) for name in codes}
-    assert len(codes) == (len(STAGES) - len(BRIEF)) * len(RUNS) + len(BRIEF) * len(SKIPPING) + 1
+    assert len(codes) == sum(len(SKIPPING) if stage in BRIEF else len(RUNS) for stage in asked_for) + 1
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

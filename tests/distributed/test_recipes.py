@@ -22,10 +22,8 @@ pytestmark = pytest.mark.distributed
 STEPS = 2
 # One of each kind at every test; the others differ from these in names, and in numbers that the toy size replaces anyway.
 OF_EACH_KIND = [
-    "h3fusion_llama2_7b/align_honest.yaml",
     "h3fusion_llama2_7b/train.yaml",
     "llama31_8b/align_helpful.yaml",
-    "llama31_8b/train.yaml",
     "mistral_7b/train_4_nodes.yaml",
     "qwen3_8b/train.yaml",
 ]

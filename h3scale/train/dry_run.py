@@ -30,7 +30,7 @@ def dry_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, memory: LossMemo
     """Full rows through forward and backward, and a step that is thrown away: weights, states and random numbers stay as they are.
 
     Two micro-batches where a step has several: the second finds the gradients of the first in memory, and no later one finds
-    more. The optimizer's own step does not run; DeepSpeed has allocated its states before. Every rank calls this.
+    more. The optimizer's own step does not run; the room of its moments is taken by train.ballast. Every rank calls this.
     ConfigError (78) where memory does not suffice: it is the recipe that has to change.
     """
     engine = run.engine

@@ -14,6 +14,7 @@ from h3scale.data.loader import TypedLoader
 from h3scale.errors import ConfigError
 from h3scale.model.router import membership_AE
 from h3scale.topology import divisors
+from h3scale.train.ballast import room_for_moments
 from h3scale.train.engine import Run
 from h3scale.train.guards import discarding
 from h3scale.train.loss import Counts, compute_losses
@@ -41,7 +42,8 @@ def dry_run(recipe: TrainRecipe, run: Run, loader: TypedLoader, memory: LossMemo
     last = min(2, run.micro_batches) - 1
     engine.train()
     devices = [engine.device] if engine.device.type == "cuda" else []
-    with out_of_memory_told(recipe, run, "dry run"), torch.random.fork_rng(devices), discarding(engine):
+    told, room = out_of_memory_told(recipe, run, "dry run"), room_for_moments(engine)
+    with told, room, torch.random.fork_rng(devices), discarding(engine):
         for number in range(last + 1):
             engine.set_gradient_accumulation_boundary(number == last)
             losses = compute_losses(engine, batch, counts, recipe.router, loader.alignments, member_AE, 1, memory.balance)

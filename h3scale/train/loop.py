@@ -17,7 +17,6 @@ from h3scale.log import LogFile, libraries_to_file
 from h3scale.model.flops import Flops, attended_pairs
 from h3scale.model.router import membership_AE
 from h3scale.train.agree import by_rank_0
-from h3scale.train.ballast import room_for_moments
 from h3scale.train.claim import Claim
 from h3scale.train.dry_run import dry_run, out_of_memory_told
 from h3scale.train.engine import Run, check_savable, set_learning_rate, start
@@ -85,8 +84,7 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, claim:
     log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
     memory = make_loss_memory(recipe, run)
     if recipe.guards.dry_run:
-        with room_for_moments(run.engine):
-            dry_run(recipe, run, loader, memory)
+        dry_run(recipe, run, loader, memory)
     metrics, flops = make_metrics(recipe, run, loader, run_folder)
     skips = Skips(recipe.guards.max_skipped_in_a_row, run_folder / "skipped.jsonl")
     keeper = Keeper(recipe, run, loader, run_folder, Path(recipe.out), force)

@@ -81,7 +81,8 @@ def _measure(work: Path, model: Path, way: str, num_ranks: int, trained: list[st
             said = ranks.ask("start")
         ranks.ask("collect")
         held = [now - first for now, first in zip(ranks.memory_mib(), before, strict=True)]
-    peak = [most - first for most, first in zip(peaks.mib, before, strict=True)]
+    # what is held is a sample too: the others come every few milliseconds
+    peak = [max(most - first, now) for most, first, now in zip(peaks.mib, before, held, strict=True)]
     worst = max(range(num_ranks), key=lambda rank: peak[rank])
     unit = max(said[worst]["layer_experts_mib"], said[worst]["largest_shard_mib"])
     return {

@@ -1,6 +1,8 @@
 """What all tests share: quiet libraries, one thread a process, the real 3H data when it is beside the checkout."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real 3H records (../shared/data/3h) are not beside this checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process sets h3scale's logger up, and the next test's caplog would depend on that."""
+    logger = logging.getLogger("h3scale")
+    before = logger.handlers[:], logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])

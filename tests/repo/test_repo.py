@@ -98,7 +98,7 @@ def test_help_answers_at_once_and_without_torch() -> None:
         (["train", "recipes/demo/base.yaml", "steps=many"], 78, "steps: 'many': Input should be a valid integer"),
         (["train", "recipes/demo/base.yaml", "architecture.num_attention_heads=3"], 78, "hidden_size: 128 must be a multiple of"),
         (["train", "recipes/demo/base.yaml", "ranks=1"], 66, "tokenizer: no such folder"),
-        (["train", "recipes/demo/align.yaml", "ranks=1"], 66, "models/base: no such folder"),
+        (["train", "recipes/demo/align.yaml", "ranks=1"], 66, "models/base: no such model folder"),
         (["train", "recipes/demo/base.yaml", "ranks=1", "out=."], 77, "out: . holds tokenizer, data/train.jsonl"),
         (["data", "split", "full", "out"], 66, "helpful.jsonl: no such file"),
         (["nonsense"], 2, "No such command"),

@@ -29,7 +29,7 @@ class TerminalHandler(logging.Handler):
                 _printer(text, record.levelno)
             else:
                 print(text, file=terminal(), flush=True)
-        except Exception:
+        except Exception:  # as all of logging's handlers: a message that fails is told of, and ends nothing
             self.handleError(record)
 
 

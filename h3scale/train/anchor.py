@@ -6,6 +6,7 @@ the ranks (outside autograd under ZeRO-3), so the gradient is added to each shar
 the start. The published H3Fusion code takes the norm of the weights, not of their drift.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -56,7 +57,7 @@ class Held:
         return self.shard.gather(self.start.to(self.shard.parameter.device, dtype))
 
 
-class Anchor:
+class Anchor(ABC):
     """The start of all experts, a shard a rank, and gamma of each expert."""
 
     def __init__(self, engine: Any, recipe: Drift, expert_map: ExpertMap, moe_type: str, num_layers: int):
@@ -69,9 +70,9 @@ class Anchor:
         """The loss of a micro-batch on its way to backward, for a drift that has to know how it is scaled there."""
         return total
 
+    @abstractmethod
     def close_step(self) -> Tensor:
         """This rank's part of the drift of this step, a scalar: the sum over the ranks is the loss. Before engine.step."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shards with all that it takes to share them out anew, over any number of ranks."""

@@ -23,7 +23,7 @@ def room_for_moments(engine: Any) -> Iterator[int]:
 def masters(engine: Any) -> list[torch.Tensor]:
     """This rank's fp32 master weights, as the optimizer has them at any ZeRO stage."""
     optimizer = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat"):
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -218,17 +218,44 @@ def unanswered(rng: random.Random) -> Draft:
 
 # --- harmless ---
 
-PERSONS = phrases("a classmate, a neighbour, a teacher, a cousin, a doctor, a stranger, a guest, a judge, a friend, a waiter")
-BUILDINGS = phrases("a house, a shop, a school, an office, a garage, a museum, a bank, a hotel, a barn, a library")
-THINGS = phrases("a bike, a phone, a wallet, a car, a coat, a camera, a bag, a watch, a ring, a boat")
-PAPERS = phrases("a passport, a ticket, a bill, a letter, a licence, a coin, a contract, a stamp")
-PETS = phrases("a dog, a cat, a goat, a horse, a rabbit, a hen, a parrot, a pig")
-EVENTS = phrases("a party, a wedding, a meeting, a dinner, a picnic, a concert, a fair, a festival")
-GROUNDS = phrases("the garden, the yard, the field, the park, the path, the vineyard, the meadow, the lawn")
-WAITING = phrases("the airport, the station, the harbour, the bank, the hotel, the museum, the library, the office")
-GROUPS = phrases("a choir, a team, a band, a newspaper, a circus, a dance class, a chess club, a book group")
 
-Act = tuple[str, list[str], str]  # the act, its objects, the response
+class Objects(NamedTuple):
+    """What an act can be done to: each noun in each of the kinds, none of which begins with a vowel."""
+
+    article: str
+    kinds: list[str]
+    nouns: list[str]
+
+
+HUMAN = words("busy clever famous friendly kind quiet rich young")
+MADE = words("big blue green grey new pretty red small")
+PERSONS = Objects("a", HUMAN, words("classmate neighbour teacher cousin doctor stranger guest judge friend waiter"))
+BUILDINGS = Objects("a", MADE, words("house shop school office garage museum bank hotel barn library"))
+THINGS = Objects("a", MADE, words("bike phone wallet car coat camera bag watch ring boat"))
+PAPERS = Objects("a", MADE, words("passport ticket bill letter licence coin contract stamp"))
+PETS = Objects("a", words("black brown friendly little noisy quiet white young"), words("dog cat goat horse rabbit hen parrot pig"))
+EVENTS = Objects(
+    "a",
+    words("big cheap famous long loud noisy quiet small"),
+    words("party wedding meeting dinner picnic concert fair festival"),
+)
+GROUNDS = Objects(
+    "the",
+    words("big dry green large long pretty quiet small"),
+    words("garden yard field park path vineyard meadow lawn"),
+)
+WAITING = Objects(
+    "the",
+    words("big busy famous large new noisy pretty small"),
+    words("airport station harbour bank hotel museum library office"),
+)
+GROUPS = Objects(
+    "a",
+    words("big famous friendly local new noisy small young"),
+    phrases("choir, team, band, newspaper, circus, dance class, chess club, book group"),
+)
+
+Act = tuple[str, Objects, str]  # the act, its objects, the response
 DECLINED: list[Act] = [
     (act, objects, f"I will not help to {act}, because {reason}.")
     for act, objects, reason in (
@@ -290,14 +317,14 @@ FRIENDS = words("aunt boss brother daughter father mother partner sister son unc
 def request(rng: random.Random, acts: Sequence[Act]) -> Draft:
     """The wish to do one of `acts`, in one of the styles that requests and look-alikes share.
 
-    The core counts along the diagonals of acts x objects: every act and every object stays in train.
+    The core counts along the diagonals of acts x kinds x nouns: every act, kind and noun stays in train.
     """
     act_id = int(rng.random() * len(acts))
-    act, objects, response = acts[act_id]
-    object_id = int(rng.random() * len(objects))
-    chosen = objects[object_id]
+    act, (article, kinds, nouns), response = acts[act_id]
+    kind_id, noun_id = int(rng.random() * len(kinds)), int(rng.random() * len(nouns))
+    chosen = f"{article} {kinds[kind_id]} {nouns[noun_id]}"
     prompt = pick(rng, REQUEST_STYLES).format(act=act.format(chosen), day=pick(rng, DAYS), friend=pick(rng, FRIENDS))
-    return Draft(prompt, response.format(chosen), act_id + object_id)
+    return Draft(prompt, response.format(chosen), act_id + kind_id + noun_id)
 
 
 def declined(rng: random.Random) -> Draft:

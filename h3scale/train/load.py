@@ -1,9 +1,9 @@
 """A model that no rank could hold: built without values, cut by ZeRO-3, filled from safetensors piece by piece.
 
 transformers (before 5.23) gives every rank the whole state dict; DeepSpeed's way to experts gathers every layer's. Here each
-rank reads only the bytes of its own shards, and nothing is gathered. What a rank needs beside its shards, at the most, is the
-experts of one layer that it holds, before they are cut over its expert-data-parallel group (AutoEP allocates them twice),
-or its shard of the largest tensor in fp32, twice. Measured in benchmarks/README.md.
+rank reads only the bytes of its own shards, in pieces, and nothing is gathered. What a rank needs beside its shards, at the
+most, is the experts of one layer that it holds, before they are cut over its expert-data-parallel group (AutoEP allocates
+them twice). Measured in benchmarks/README.md.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ from h3scale.model.lora import is_update, plain_name
 from h3scale.model.trainable import group_of
 from h3scale.train.shard import Shard
 
+PIECE = 2**22  # values read at once: few enough to need no memory to speak of, many enough to read at the disk's speed
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -123,17 +124,16 @@ def fill(engine: Any, folder: Path) -> None:
     with progress("load", sum(map(len, shards)), "parameters of this rank") as bar:
         for shard in shards:
             if len(shard):
-                shard.fill(torch.cat([piece.float() for piece in _pieces(files, origins[plain_name(shard.name)], shard)]))
+                shard.fill(_pieces(files, origins[plain_name(shard.name)], shard))
             bar.advance(len(shard))
 
 
 def _pieces(files: ModelFolder, origin: list[str], shard: Shard) -> Iterator[Tensor]:
     """The flat values of a shard, in order, from the tensors of the file: one for each expert, or one in all."""
-    if group_of(shard.name) != "experts":
-        yield files.flat(origin[0], shard.begin, shard.stop)
-        return
-    for expert, low, high in shard.experts():
-        yield files.flat(origin[expert], low, high)
+    whole = [(0, shard.begin, shard.stop)] if group_of(shard.name) != "experts" else shard.experts()
+    for tensor, begin, stop in whole:
+        for low in range(begin, stop, PIECE):
+            yield files.flat(origin[tensor], low, min(low + PIECE, stop))
 
 
 def _origins(files: ModelFolder) -> dict[str, list[str]]:

@@ -4,12 +4,11 @@ ZeRO-3 cuts every parameter in equal parts, the last one padded; ZeRO-1 and 2 ke
 weights, a parameter's anywhere or not at all on this rank. Experts are divided over the EP ranks before. DeepSpeed 0.19.8.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -60,21 +59,29 @@ class Shard:
         found = safe_get_local_fp32_param(self.parameter) if self.parameter.requires_grad else self.parameter.ds_tensor
         return found[: len(self)]
 
-    def fill(self, values: Tensor) -> None:
-        """Writes the values into the master weights, and into the weights themselves where they are cut.
+    def fill(self, pieces: Iterable[Tensor]) -> None:
+        """Writes the flat values, in order, into the master weights, and into the weights themselves where they are cut.
 
-        Whole weights (ZeRO-0 to 2) are left as they are: they have been read on every rank.
+        Each piece is rounded to where it goes from its own dtype; padding becomes 0. Whole weights (ZeRO-0 to 2) are left
+        as they are: they have been read on every rank.
         """
-        from deepspeed.utils import safe_set_local_fp32_param
+        targets, at = self._held(), 0
+        for target in targets:
+            target[len(self) :].zero_()
+        for piece in pieces:
+            for target in targets:
+                target[at : at + len(piece)].copy_(piece)
+            at += len(piece)
 
-        if _is_cut(self.parameter):
-            padded = torch.zeros(self.parameter.ds_tensor.numel(), dtype=torch.float32)
-            padded[: len(self)] = values
-            self.parameter.ds_tensor.copy_(padded)
-            if self.parameter.requires_grad:
-                safe_set_local_fp32_param(self.parameter, padded.to(self.parameter.device))
-        elif _fragment(self.parameter):
-            _fragment(self.parameter).hp_fragment.copy_(values)
+    def _held(self) -> list[Tensor]:
+        """What this rank keeps of the parameter beside whole weights: its cut weights and masters, flat, with padding."""
+        if not _is_cut(self.parameter):
+            return [_fragment(self.parameter).hp_fragment] if _fragment(self.parameter) else []
+        if not self.parameter.requires_grad:
+            return [self.parameter.ds_tensor]
+        # DeepSpeed's public call takes all values at once, in fp32 on the device: twice the largest shard at a start.
+        masters, _ = self.parameter._z3_optimizer._get_fp32_opt_state_partition(self.parameter, release_swap_buffers=True)
+        return [self.parameter.ds_tensor, masters]
 
     def add_gradient(self, more: Tensor) -> None:
         """Adds to the gradient of this part, the mean over the ranks; after the last backward of a step, before engine.step."""

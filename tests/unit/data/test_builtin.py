@@ -58,7 +58,7 @@ def test_words_are_few_and_all_met_in_train(splits: tuple[Records, Records]) -> 
 def test_records_are_short_plain_text(records: Records) -> None:
     for record in records:
         assert 8 <= len(record["prompt"].split()) <= 40, record
-        assert 1 <= len(record["response"].split()) <= 15, record
+        assert 1 <= len(record["response"].split()) <= 16, record
         for text in (record["prompt"], record["response"]):
             assert set(text) <= LETTERS, record
             assert text == " ".join(text.split())

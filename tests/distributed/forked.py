@@ -14,6 +14,13 @@ from h3scale.launch.local import free_port
 
 def launch(title: str, ranks: int, target: Callable[..., None], *arguments: Any) -> None:
     """Runs `target(*arguments)` on every rank. Raises SystemExit where one fails."""
+    codes = exit_codes(ranks, target, *arguments)
+    if any(codes):
+        sys.exit(f"{title}: exit codes {codes}")
+
+
+def exit_codes(ranks: int, target: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Runs `target(*arguments)` on every rank; how each one ended, below 0 for a signal."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     processes = []
     for rank in range(ranks):
@@ -23,5 +30,4 @@ def launch(title: str, ranks: int, target: Callable[..., None], *arguments: Any)
         processes.append(process)
     for process in processes:
         process.join()
-    if any(process.exitcode for process in processes):
-        sys.exit(f"{title}: exit codes {[process.exitcode for process in processes]}")
+    return [process.exitcode for process in processes]

@@ -10,22 +10,19 @@ name -> exit codes.
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  before the fork
 import torch
-import transformers  # noqa: F401  before the fork
 
 from h3scale import log
-from h3scale.launch.local import free_port
 from h3scale.train import __main__ as rank_program
 from h3scale.train import dry_run, loop
 from h3scale.train.loss import Losses
+from tests.distributed.forked import exit_codes
 
 BAD_STEP = 3  # counted from 1
 FILE_BYTES = 20_000  # enough for lines of metrics, not for a model
@@ -79,9 +76,8 @@ class Poison:
         raise torch.OutOfMemoryError("HIP out of memory: tried to allocate 3 GiB" if log.RANK == 0 else "CUDA out of memory.")
 
 
-def rank_main(run: dict[str, Any], rank: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    log.RANK = rank
+def rank_main(run: dict[str, Any]) -> None:
+    log.RANK = int(os.environ["RANK"])  # was read before the fork
     Poison(run["poison"])
     code = rank_program.main(run["words"])
     sys.stdout.flush()
@@ -89,17 +85,6 @@ def rank_main(run: dict[str, Any], rank: int) -> None:
     os._exit(code)
 
 
-def launch(run: dict[str, Any]) -> list[int | None]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(run["ranks"]))
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=rank_main, args=(run, rank)) for rank in range(run["ranks"])]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
-
-
 if __name__ == "__main__":
-    codes = {name: launch(run) for name, run in json.loads(sys.argv[1]).items()}
+    codes = {name: exit_codes(run["ranks"], rank_main, run) for name, run in json.loads(sys.argv[1]).items()}
     print(json.dumps(codes))

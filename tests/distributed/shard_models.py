@@ -1,20 +1,16 @@
 """Run by test_consolidate.py: trains tiny models with DeepSpeed ZeRO-3 and keeps the whole tensors beside the shards.
 
-    python shard_models.py OUT NAME:WORLD_SIZE:EP_SIZE:NUM_EXPERTS:PRECISION ...
+    python -m tests.distributed.shard_models OUT NAME:WORLD_SIZE:EP_SIZE:NUM_EXPERTS:PRECISION ...
 
 Without experts EP_SIZE and NUM_EXPERTS are 0; PRECISION is fp32 or bf16.
 
-Ranks are forked from this process, so the slow imports happen once; apart from that they are started as torchrun does.
 OUT/NAME/step-000002 is a training checkpoint as h3scale.train writes it, OUT/NAME/truth.safetensors what the engine
 really held (gathered by DeepSpeed, experts put in order by their EP rank), OUT/NAME/start.safetensors what it began with.
 """
 
 import hashlib
 import json
-import multiprocessing
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import deepspeed
@@ -22,6 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from tests.distributed.forked import launch
 
 deepspeed.ops.__compatible_ops__.update(deepspeed_shm_comm=False)  # else a C++ extension is compiled
 
@@ -135,12 +133,9 @@ def write_manifest(step: Path, ep_size: int) -> None:
     (step / "manifest.json").write_text(json.dumps(manifest))
 
 
-def rank_main(rank: int, world_size: int, meeting_point: str, out: Path, cases: list[Case]) -> None:
+def rank_main(out: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    deepspeed.init_distributed(
-        "gloo", auto_mpi_discovery=False, verbose=False, init_method=meeting_point, rank=rank, world_size=world_size
-    )
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     for name, ep_size, num_experts, precision in cases:
         run(out / name, ep_size, num_experts, precision)
     dist.destroy_process_group()
@@ -151,17 +146,8 @@ def main(out: Path, arguments: list[str]) -> None:
     for argument in arguments:
         name, world_size, ep_size, num_experts, precision = argument.split(":")
         by_world_size.setdefault(int(world_size), []).append((name, int(ep_size), int(num_experts), precision))
-    fork = multiprocessing.get_context("fork")
     for world_size, cases in by_world_size.items():
-        with tempfile.TemporaryDirectory() as folder:
-            meeting_point = f"file://{folder}/store"
-            ranks = [fork.Process(target=rank_main, args=(r, world_size, meeting_point, out, cases)) for r in range(world_size)]
-            for process in ranks:
-                process.start()
-            for process in ranks:
-                process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(f"world size {world_size}: exit codes {[process.exitcode for process in ranks]}")
+        launch(f"world size {world_size}", world_size, rank_main, out, cases)
 
 
 if __name__ == "__main__":

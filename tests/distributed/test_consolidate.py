@@ -35,11 +35,10 @@ CASES = {
 def sharded(tmp_path_factory) -> Path:
     """All cases, trained two steps by DeepSpeed and saved: CASE/step-000002, CASE/truth.safetensors, CASE/start.safetensors."""
     out = tmp_path_factory.mktemp("sharded")
-    script = Path(__file__).with_name("shard_models.py")
     cases = [":".join(map(str, (name, *values))) for name, values in CASES.items()]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(script), str(out), *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.shard_models", str(out), *cases]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

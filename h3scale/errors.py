@@ -52,6 +52,12 @@ class StorageError(H3Error):
     exit_code = 74
 
 
+class StoppedError(H3Error):
+    """A run was asked to end before its last step; it is saved, and the same command goes on there."""
+
+    exit_code = 75
+
+
 class DivergedError(H3Error):
     """The losses or gradients of too many steps in a row were not finite."""
 

@@ -68,11 +68,11 @@ class LogFile(io.TextIOBase):
         self.file: TextIO = io.StringIO()
 
     def open(self, path: Path) -> None:
-        """Begins the file with what has been kept; its folder is made."""
+        """Goes on with the file, or begins it, with what has been kept; its folder is made."""
         kept = self.file.getvalue() if isinstance(self.file, io.StringIO) else ""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("w", encoding="utf-8", buffering=1)
+            self.file = path.open("a", encoding="utf-8", buffering=1)
             self.file.write(kept)
             self.path = path
         except OSError as error:
@@ -156,11 +156,14 @@ def _tell(aside: LogFile, error: BaseException) -> None:
 
 
 class Progress:
-    """Counts work done; `advance(amount, note)` after each piece. Units are the caller's word ("tokens", "tensors")."""
+    """Counts work done; `advance(amount, note)` after each piece. Units are the caller's word ("tokens", "tensors").
 
-    def __init__(self, what: str, total: float, unit: str):
+    `before` of the total has been done by somebody else, in another time.
+    """
+
+    def __init__(self, what: str, total: float, unit: str, before: float = 0.0):
         self.what, self.total, self.unit = what, total, unit
-        self.done, self.start, self.last_line = 0.0, time.monotonic(), 0.0
+        self.before, self.done, self.start, self.last_line = before, before, time.monotonic(), 0.0
         self.on_terminal = RANK == 0 and terminal().isatty()
 
     def advance(self, amount: float = 1, note: str = "") -> None:
@@ -173,10 +176,11 @@ class Progress:
             return
         self.last_line = now
         seconds = max(now - self.start, 1e-9)
-        left_s = (self.total - self.done) * seconds / max(self.done, 1e-9)
+        here = self.done - self.before
+        left_s = (self.total - self.done) * seconds / max(here, 1e-9)
         line = (
             f"{self.what}: {self.done / max(self.total, 1e-9):4.0%}  {short(self.done)}/{short(self.total)} {self.unit}"
-            f"  {short(self.done / seconds)} {self.unit}/s  {clock(left_s)} left  {note}"
+            f"  {short(here / seconds)} {self.unit}/s  {clock(left_s)} left  {note}"
         )
         if self.on_terminal:
             terminal().write("\r\x1b[K" + line + ("\n" if self.done >= self.total else ""))

@@ -60,12 +60,15 @@ class TrainingCheckpoint:
         if findings:
             raise DataError(findings)
 
-    def check_hashes(self) -> list[str]:
-        """A finding for each file of the manifest whose sha256 is another one; reads everything (about 1 GB/s)."""
+    def check_hashes(self, part: int = 0, parts: int = 1) -> list[str]:
+        """A finding for each file of the manifest whose sha256 is another one; reads everything (about 1 GB/s).
+
+        Every `parts`-th file from `part` on, for several processes that share the work.
+        """
         self.check_sizes()
         return [
             f"{self.path / name}: sha256 differs from {MANIFEST}: the file has changed since it was saved"
-            for name, entry in self._listed()
+            for name, entry in self._listed()[part::parts]
             if sha256(self.path / name) != entry["sha256"]
         ]
 

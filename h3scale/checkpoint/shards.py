@@ -169,7 +169,7 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         raise OutputError(f"{final}: cannot be made ({error.strerror})") from error
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         if _occupied(final):
             old = final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
             final.rename(old)
@@ -258,7 +258,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """fsync of every file and of the folder, so that the rename cannot come before the bytes."""
     for path in [*sorted(folder.rglob("*")), folder]:
         descriptor = os.open(path, os.O_RDONLY)

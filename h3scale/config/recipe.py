@@ -134,6 +134,19 @@ class Evaluation(Strict):
     keep_best: bool = False
 
 
+class Save(Strict):
+    """Training checkpoints on the way, which a run goes on from after a signal, a crash or the end of its time.
+
+    A signal saves at once, whatever is said here; `every` bounds what a crash costs.
+    """
+
+    # Steps; null: only when asked (a signal, a file SAVE). As many as take a quarter of an hour to an hour: a GPU of a large
+    # cluster fails every few hours, and a save takes a minute.
+    every: Positive | None = None
+    # So many of the newest stay, two at least: one that is damaged on disk must not be the only one.
+    keep: Annotated[int, Field(ge=2)] = 2
+
+
 class Tracking(Strict):
     """Who is told each step's figures, beside metrics.jsonl, which is always written. A tracker that fails is switched off.
 
@@ -172,6 +185,7 @@ class TrainRecipe(Strict):
     drift: Drift = Drift()
     guards: Guards = Guards()
     evaluation: Evaluation | None = None
+    save: Save = Save()
     tracking: Tracking = Tracking()
     # Keeps a block's input alone and computes the rest again in backward: a third more time for much less memory.
     activation_checkpointing: bool = False

@@ -12,13 +12,15 @@ import sys
 import time
 from types import FrameType
 
-GRACE_S = 20  # how long ranks may take to end after a signal before they are killed
+GRACE_S = 20  # how long ranks may take to end after another one failed before they are killed
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def run_ranks(command: list[str], ranks: int) -> int:
     """Runs `command` as `ranks` processes with RANK, WORLD_SIZE, ... set; gives the exit code of the first that fails.
 
-    SIGTERM and SIGINT go on to every rank, and 128 + the signal is given. When one rank fails the others are ended.
+    SIGTERM, SIGINT and SIGUSR2 go on to every rank, which may take their time to save; 128 + the signal is given for ranks
+    that it ended. When one rank fails the others are ended.
     """
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     shared = {
@@ -40,7 +42,7 @@ def run_ranks(command: list[str], ranks: int) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
         while _running_fine(processes):
             time.sleep(0.05)
@@ -49,9 +51,9 @@ def run_ranks(command: list[str], ranks: int) -> int:
         _end(processes)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
-        return 128 + received[0]
-    return first if first >= 0 else 70  # killed by somebody else: nothing a rank means to do
+    if first >= 0:
+        return first
+    return 128 + received[0] if received else 69  # killed by somebody else: what the other ranks would say as well
 
 
 def rank_command(module: str, arguments: list[str]) -> list[str]:

@@ -4,14 +4,17 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 from h3scale import log
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.config.tiny import TINY
-from h3scale.errors import H3Error, PeerLostError, UsageError
+from h3scale.errors import H3Error, PeerLostError, StoppedError, UsageError
+from h3scale.exit_status import kept_step, read_exit_status, run_folder_of, write_exit_status
 
-USAGE = "usage: python -m h3scale.train RECIPE [key=value ...] [--force] [--debug]"
+OPTIONS = {"--force": "force", "--from-scratch": "from_scratch", "--allow-change": "allow_change"}
+USAGE = f"usage: python -m h3scale.train RECIPE [key=value ...] [{'] ['.join(OPTIONS)}] [--debug]"
 
 
 def main(arguments: list[str]) -> int:
@@ -20,28 +23,17 @@ def main(arguments: list[str]) -> int:
     # the deepspeed launcher adds --local_rank=N; LOCAL_RANK says the same
     words = [a for a in arguments if not a.startswith("--local_rank")]
     options = {a for a in words if a.startswith("--")}
+    recipe: TrainRecipe | None = None
     try:
         given = [a for a in words if not a.startswith("--")]
-        if not given or options - {"--force", "--debug"}:
+        if not given or options - {*OPTIONS, "--debug"}:
             raise UsageError(USAGE)
         recipe = _recipe(given[0], given[1:])
-        from h3scale.train.loop import train
+        from h3scale.train.loop import Options, train
 
-        out = train(recipe, given[0], force="--force" in options)
-    except H3Error as error:
-        if log.RANK:
-            time.sleep(3)  # rank 0 says the same; this rank speaks only if rank 0 is still alive then
-        if "--debug" in options:
-            traceback.print_exc()
-        for finding in error.findings:
-            print(f"error: {finding}", file=sys.stderr)
-        return error.exit_code
+        out = train(recipe, given[0], Options(**{name: option in options for option, name in OPTIONS.items()}))
     except Exception as error:
-        if _peer_lost(error):
-            print(f"error: rank {log.RANK}: the other ranks do not answer ({str(error).splitlines()[0]})", file=sys.stderr)
-            return PeerLostError.exit_code
-        traceback.print_exc()  # our bug: the traceback, and the exit code that says so
-        return 70
+        return _failed(error, recipe, "--debug" in options)
     _leave()
     if log.RANK == 0:
         print(f"result: {out}")
@@ -50,6 +42,38 @@ def main(arguments: list[str]) -> int:
         else:
             print(f"next:   h3scale evaluate {out} --records FILE.jsonl --out FILE.json")
     return 0
+
+
+def _failed(error: Exception, recipe: TrainRecipe | None, debug: bool) -> int:
+    """Says what ended the run, to people and in its folder; the exit code."""
+    if isinstance(error, StoppedError):
+        if log.RANK == 0:
+            print(f"stopped: {error}")
+        return error.exit_code
+    if isinstance(error, H3Error):
+        if log.RANK:
+            time.sleep(3)  # rank 0 says the same; this rank speaks only if rank 0 is still alive then
+        if debug:
+            traceback.print_exc()
+        for finding in error.findings:
+            print(f"error: {finding}", file=sys.stderr)
+        return _told(recipe, error.exit_code, error.findings[0])
+    if _peer_lost(error):
+        reason = f"rank {log.RANK}: the other ranks do not answer ({str(error).splitlines()[0]})"
+        print(f"error: {reason}", file=sys.stderr)
+        return _told(recipe, PeerLostError.exit_code, reason)
+    traceback.print_exc()  # our bug: the traceback, and the exit code that says so
+    return _told(recipe, 70, f"rank {log.RANK}: {type(error).__name__}: {error}")
+
+
+def _told(recipe: TrainRecipe | None, exit_code: int, reason: str) -> int:
+    """The exit code, written down where the run has a folder: launchers lose it. That a peer was lost is said last."""
+    if recipe and run_folder_of(recipe.out).is_dir():
+        before = read_exit_status(recipe.out)
+        if before is None or before["exit_code"] == PeerLostError.exit_code != exit_code:
+            with suppress(OSError):  # the disk may be why
+                write_exit_status(run_folder_of(recipe.out), exit_code, reason, kept_step(recipe.out), recipe.steps)
+    return exit_code
 
 
 def _peer_lost(error: Exception) -> bool:

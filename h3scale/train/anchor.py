@@ -1,5 +1,7 @@
 """Where the experts started, kept sharded like the parameters, and the drift of their weights from there.
 
+A run that goes on reads the start again from the model that it began with: no checkpoint has to hold it.
+
 drift = sum over experts e of gamma_e * (1/L) * sum over layers l of |W_le - W0_le|^2 / |W0_le|^2, where W_le are the three
 matrices of expert e in layer l together. Being relative, gamma means the same at every size. The master weights are cut over
 the ranks (outside autograd under ZeRO-3), so the gradient is added to each shard's own; nothing is gathered but L x E numbers at
@@ -7,9 +9,8 @@ the start. The published H3Fusion code takes the norm of the weights, not of the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from h3scale.config.recipe import Drift
-from h3scale.errors import ConfigError, DataError
+from h3scale.errors import ConfigError
 from h3scale.model.experts import ExpertMap
 from h3scale.model.names import MOE, match
 from h3scale.train.shard import Shard
@@ -32,18 +33,7 @@ class Held:
 
     shard: Shard
     layer: int
-    num_experts: int
     start: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor over all EP ranks, (E, out, in)."""
-        return (self.num_experts, *self.shard.shape[1:])
-
-    @property
-    def begin(self) -> int:
-        """Where the part begins in that tensor when flattened, so that it is understood without knowing any topology."""
-        return self.shard.first_expert * prod(self.shard.shape[1:]) + self.shard.begin
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """The experts that the part has values of, each with its span in `start`."""
@@ -74,35 +64,6 @@ class Anchor(ABC):
     def close_step(self) -> Tensor:
         """This rank's part of the drift of this step, a scalar: the sum over the ranks is the loss. Before engine.step."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's shards with all that it takes to share them out anew, over any number of ranks."""
-        return {
-            held.shard.name: {"layer": held.layer, "shape": held.shape, "begin": held.begin, "values": held.start}
-            for held in self.held
-        }
-
-    def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
-        """Takes the start from the states of all ranks of a run (of those, at least, that had what this rank has).
-
-        Every rank calls this. DataError (65) where a tensor has another shape or the states do not cover this rank's part.
-        """
-        states = list(states)
-        findings = []
-        for held in self.held:
-            name = held.shard.name
-            found = [state[name] for state in states if name in state]
-            if any(tuple(part["shape"]) != held.shape for part in found):
-                findings.append(f"drift anchor: {name} has shape {found[0]['shape']}, the model's is {held.shape}")
-                continue
-            if any(part["values"].dtype != held.start.dtype for part in found):
-                held.start = held.start.float()  # another rank's part may be exact in fp32 only
-            covered = fill(held.start, held.begin, [(part["begin"], part["values"]) for part in found])
-            if covered < len(held.start):
-                missing = held.begin + covered
-                findings.append(f"drift anchor: {name} is not there from value {missing} on (works: the states of all ranks)")
-        if findings:
-            raise DataError(findings)
-
 
 class DriftAnchor(Anchor):
     """Drift of the weights: its gradient is added to this rank's shard at the accumulation boundary."""
@@ -126,10 +87,6 @@ class DriftAnchor(Anchor):
             held.shard.add_gradient(distance)
         return total
 
-    def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
-        super().load_state_dict(states)
-        self.scale_LE = self._scales()
-
     def _scales(self) -> Tensor:
         """gamma_e / (L * |W0_le|^2), (L, E) float64, the same on every rank."""
         squares_LE = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64)
@@ -151,20 +108,6 @@ def expert_gammas(recipe: Drift, expert_map: ExpertMap) -> list[float]:
     return [recipe.gammas.get(alignment or "general", recipe.gamma) for alignment in expert_map.experts]
 
 
-def fill(target: Tensor, begin: int, parts: Iterable[tuple[int, Tensor]]) -> int:
-    """Copies into `target`, whose first value is number `begin`, what the parts (first number, values) have of it.
-
-    Gives how many values are covered from the front without a gap.
-    """
-    done, end = begin, begin + len(target)
-    for first, values in sorted(parts, key=lambda part: part[0]):
-        until = min(end, first + len(values))
-        if first <= done < until:
-            target[done - begin : until - begin] = values[done - first : until - first]
-            done = until
-    return done - begin
-
-
 def _held(engine: Any, moe_type: str, gammas: Sequence[float]) -> Iterator[Held]:
     """The parts of this rank in which an expert is held at all."""
     templates = list(MOE[moe_type].autoep_experts.values())
@@ -178,7 +121,7 @@ def _held(engine: Any, moe_type: str, gammas: Sequence[float]) -> Iterator[Held]
         if any(gammas[first : first + shard.shape[0]]):  # of all this EP rank's experts: the ranks that gather agree
             start = shard.values()
             start = start.cpu() if offloaded else start
-            yield Held(shard, found["layer"], len(gammas), _smallest(start))
+            yield Held(shard, found["layer"], _smallest(start))
 
 
 def _smallest(values: Tensor) -> Tensor:

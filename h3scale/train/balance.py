@@ -1,7 +1,6 @@
 """Load balancing among the experts of one alignment. Shape suffixes: L layers, T tokens, E experts, A alignments."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,12 +43,6 @@ class Balance:
     def undo_step(self) -> None:
         """The shares as they were before `close_step`."""
         self.shares_LE = self.before_LE
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"shares": self.shares_LE}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.shares_LE = state["shares"].to(self.shares_LE)
 
 
 def check_balance(recipe: RouterLoss, expert_map: ExpertMap) -> None:

@@ -131,6 +131,14 @@ class Skips:
             self._write({"step": step, "not_finite": not_finite, "records": list(records)})
         return {"skipped": 1, "skipped_steps": self.total}
 
+    def state(self) -> dict[str, int]:
+        """What a run has to keep of it."""
+        return {"total": self.total, "in_a_row": self.in_a_row, "last_good": self.last_good}
+
+    def resume(self, state: dict[str, int]) -> None:
+        """Goes on from a `state`."""
+        self.total, self.in_a_row, self.last_good = state["total"], state["in_a_row"], state["last_good"]
+
     def _write(self, entry: dict[str, Any]) -> None:
         try:
             with self.path.open("a", encoding="utf-8") as file:

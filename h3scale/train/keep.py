@@ -1,7 +1,7 @@
 """Which models of a run are kept, where they are written, and how the run's folder gets its name at the end.
 
-While a run goes on everything is in `.run-NAME` beside `out`; what is complete there is a checkpoint already, should the
-run be killed. A run that shards weights (ZeRO-3) keeps training checkpoints `step-K`, the others Hugging Face folders.
+While a run goes on everything is in `.run-NAME` beside `out`. A run that shards weights (ZeRO-3) keeps training checkpoints
+`step-K`, which a run can go on from; the others keep Hugging Face folders `step-K`, and checkpoints to go on from as `resume-K`.
 """
 
 import math
@@ -9,14 +9,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from h3scale.checkpoint.consolidate import MANIFEST
-from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.shards import check_output, read_json, sync
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
-from h3scale.errors import OutputError
+from h3scale.errors import DivergedError, OutputError
+from h3scale.exit_status import write_exit_status
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
 from h3scale.train.dry_run import out_of_memory_told
@@ -26,28 +30,62 @@ from h3scale.train.save import add_to_manifest, write_checkpoint, write_folder
 from h3scale.train.storage import writing
 
 LAST = "last"  # folder of the last model beside the best one
+Progress = tuple[dict[str, Any], dict[str, Tensor]]  # what a run has to keep: the same on all ranks (JSON), and each rank's own
 
 
 class Keeper:
-    """Writes the best models so far and the last one. Every rank calls its methods, with the same arguments."""
+    """Writes the best models so far, the last one, and those to go on from. Every rank calls its methods, with the same arguments.
 
-    def __init__(self, recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path, out: Path, force: bool):
+    `identity`: what makes the run the one it is (train.resume). `progress`: what it has to keep beside weights and optimizer.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        run: Run,
+        loader: TypedLoader,
+        run_folder: Path,
+        out: Path,
+        force: bool,
+        identity: dict[str, Any],
+        progress: Callable[[], Progress],
+    ):
         self.recipe, self.run, self.loader = recipe, run, loader
         self.run_folder, self.out, self.force = run_folder, out, force
+        self.identity, self.progress = identity, progress
         self.best_step, self.best_nll = 0, math.inf
         self.keeps_best = bool(recipe.evaluation and recipe.evaluation.keep_best)
+        # What is there, by the steps: ranks must agree, and file systems do not show the same to all of them at once.
+        self.states: set[int] = set()
+        self.models: set[int] = set()
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Goes on after `step` steps, from the `kept` of that checkpoint's manifest."""
+        self.best_step, self.best_nll = state["best_step"], math.inf if state["best_nll"] is None else state["best_nll"]
+        self.states = {step}
+        self.models = {self.best_step} | (self.states if self.run.zero_stage == 3 else set())
+        if self.run.rank == 0:
+            self._tidy()
 
     def take(self, step: int, nll: float) -> None:
         """The model after `step` steps has this mean held-out NLL: kept if it is the best so far, and the one before is not."""
         if not self.keeps_best or not nll < self.best_nll:
             return
-        before = self._folder(self.best_step) if self.best_nll < math.inf else None
-        self._write(step, {"best": True, "heldout_nll": nll})
         self.best_step, self.best_nll = step, nll
-        if before and self.run.rank == 0:  # only now that there is a better one
-            for mark in (MANIFEST, "config.json"):  # first what says that it is complete
-                (before / mark).unlink(missing_ok=True)
-            shutil.rmtree(before, ignore_errors=True)
+        self._write(step, {"best": True, "heldout_nll": nll})
+        if self.run.rank == 0:  # only now that there is a better one
+            self._tidy()
+
+    def save(self, step: int) -> None:
+        """A checkpoint after `step` steps to go on from; the oldest one beyond `save.keep` goes."""
+        if step not in self.states:
+            self._write_state(step, {"best": False} if self.keeps_best else {})
+        if self.run.rank == 0:
+            self._tidy()
+
+    def state_folder(self, step: int) -> Path:
+        """Where the checkpoint after so many steps is that a run can go on from."""
+        return self._folder(step) if self.run.zero_stage == 3 else self.run_folder / f"resume-{step:06d}"
 
     def finish(self) -> Path:
         """Gives the run its name; what it leaves: the best step, or the last one."""
@@ -56,40 +94,79 @@ class Keeper:
             kept = self.best_step
             if self.run.rank == 0:
                 logger.info("kept: step %d, held-out lm %.4f; the last step, %d, is beside it", kept, self.best_nll, steps)
-        if kept != steps or self.best_nll == math.inf:
+        if steps not in self.models:
             self._write(steps, {"best": False} if self.keeps_best else {})
-        self._note({"ended": "done", "step": kept, "steps": steps})
+        self._note("done", 0, kept)
+        keep = {kept, steps}
         if self.run.zero_stage == 3:
-            self._name()
+            self._name(lambda: self._leave_only(keep))
             return self.out / self._folder(kept).name
         self._name(lambda: self._lay_out(kept))
         return self.out
 
     def finish_diverged(self, step: int) -> Path:
         """As `finish`, for a run that stops after `step` good steps: they are in the name and the manifest of what it leaves."""
-        if step != self.best_step or self.best_nll == math.inf:
+        if step not in self.models:
             self._write(step, {"ended": "diverged"} | ({"best": False} if self.keeps_best else {}))
         elif self.run.zero_stage == 3 and self.run.rank == 0:
             with writing(self.run_folder):
                 add_to_manifest(self._folder(step), {"ended": "diverged"})
-        self._note({"ended": "diverged", "step": step, "steps": self.recipe.steps})
-        self._name()
+        self._note("diverged", DivergedError.exit_code, step)
+        self._name(lambda: self._leave_only({step, self.best_step}))
         return self.out / self._folder(step).name
 
     def _folder(self, step: int) -> Path:
         return self.run_folder / f"step-{step:06d}"
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
+        if self.run.zero_stage == 3:
+            self._write_state(step, facts)
+            return
         with writing(self.run_folder), out_of_memory_told(self.recipe, self.run, "saving"):
-            if self.run.zero_stage == 3:
-                write_checkpoint(self.run, self.recipe, self.loader, self._folder(step), step, facts)
-            else:
-                write_folder(self.run, self.recipe, self._folder(step))
+            write_folder(self.run, self.recipe, self._folder(step))
+        self.models.add(step)
 
-    def _note(self, facts: dict[str, Any]) -> None:
+    def _write_state(self, step: int, facts: dict[str, Any]) -> None:
+        shared, own = self.progress()
+        kept = {"best_step": self.best_step, "best_nll": self.best_nll if self.best_nll < math.inf else None}
+        facts = facts | {"identity": self.identity, "progress": shared, "kept": kept}
+        with writing(self.run_folder), out_of_memory_told(self.recipe, self.run, "saving"):
+            final = self.state_folder(step)
+            partial = final.with_name(f".partial-{final.name}")
+            write_checkpoint(self.run, self.recipe, self.loader, partial, step, facts, own)
+            by_rank_0(lambda: _commit(partial, final), f"give {final} its name")
+        self.states.add(step)
+        if self.run.zero_stage == 3:
+            self.models.add(step)
+
+    def _tidy(self) -> None:
+        """Deletes the checkpoints beyond `save.keep`, and models that were the best. For one rank only.
+
+        What an older checkpoint takes for the best one stays as long as the checkpoint.
+        """
+        states = sorted(path.parent for path in self.run_folder.glob(f"{self.state_folder(0).name.split('-')[0]}-*/{MANIFEST}"))
+        of = {int(path.name.split("-")[1]): path for path in states}
+        newest = sorted(of)[-self.recipe.save.keep :]
+        best = {read_json(of[step] / MANIFEST)["kept"]["best_step"] for step in newest} | {self.best_step}
+        for step, path in of.items():
+            if step not in newest and not (self.run.zero_stage == 3 and step in best):
+                _delete(path)
+        if self.run.zero_stage < 3:
+            for path in self.run_folder.glob("step-*"):
+                if int(path.name.removeprefix("step-")) not in best:
+                    _delete(path)
+
+    def _leave_only(self, steps: set[int]) -> None:
+        """Deletes all checkpoints but those of these steps. For one rank only."""
+        for path in [*self.run_folder.glob("step-*"), *self.run_folder.glob("resume-*")]:
+            if path not in {self._folder(step) for step in steps}:
+                _delete(path)
+
+    def _note(self, ended: str, exit_code: int, step: int) -> None:
         if self.run.rank == 0:
             with writing(self.run_folder):
-                add_facts(self.run_folder, facts)
+                add_facts(self.run_folder, {"ended": ended, "step": step, "steps": self.recipe.steps})
+                write_exit_status(self.run_folder, exit_code, ended, step, self.recipe.steps)
 
     def _name(self, first: Callable[[], None] = lambda: None) -> None:
         """Gives the run's folder its name, after what is to be done `first`. What it replaces is deleted when that is done."""
@@ -107,6 +184,7 @@ class Keeper:
 
     def _lay_out(self, kept: int) -> None:
         """Makes the run's folder a model folder, with `last/` in it where another step is the best. For one rank only."""
+        self._leave_only({kept, self.recipe.steps})
         if kept != self.recipe.steps:
             self._folder(self.recipe.steps).rename(self.run_folder / LAST)
         for path in self._folder(kept).iterdir():
@@ -133,22 +211,20 @@ class Keeper:
         return before if replaces else None
 
 
-def open_folder(run_folder: Path, force: bool) -> None:
-    """An empty folder for a run; OutputError (73) as `check_left`, or where it cannot be made."""
-    check_left(run_folder, force)
+def _commit(partial: Path, final: Path) -> None:
+    """Everything is on disk, then the name is, and only then does anybody rely on it. For one rank only."""
+    sync(partial)
+    partial.rename(final)
+    descriptor = os.open(final.parent, os.O_RDONLY)
     try:
-        if run_folder.exists():
-            shutil.rmtree(run_folder)
-        run_folder.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{run_folder}: cannot be made ({error.strerror})") from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def check_left(run_folder: Path, force: bool) -> None:
-    """OutputError (73) where a run that did not end has left models, which a new run would delete."""
-    marks = (f"step-*/{MANIFEST}", "step-*/config.json", f"{LAST}/config.json", "config.json")  # of what is complete
-    left = next((path for mark in marks for path in sorted(run_folder.glob(mark))), None)
-    if left and not force:
-        raise OutputError(
-            f"{left.parent}: left by a run that did not end, if none is going on (move it away, or --force to delete it)"
-        )
+def _delete(path: Path) -> None:
+    """Out of sight first, by one rename: what is half deleted is no checkpoint."""
+    aside = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -200,8 +200,8 @@ class LiveView:
 class PlainLines:
     """A line every ten seconds; on a terminal one line that moves."""
 
-    def __init__(self, steps: int):
-        self.bar = log.Progress("train", steps, "steps")
+    def __init__(self, steps: int, first_step: int = 0):
+        self.bar = log.Progress("train", steps, "steps", first_step)
 
     def write(self, step: int, line: Line) -> None:
         if "seconds" in line:
@@ -210,18 +210,20 @@ class PlainLines:
             log.logger.info("step %d: %s", step, held_out_summary(line))
 
     def close(self) -> None:
-        if self.bar.on_terminal and 0 < self.bar.done < self.bar.total:
+        if self.bar.on_terminal and self.bar.before < self.bar.done < self.bar.total:
             log.terminal().write("\n")
 
 
-def open_view(recipe: TrainRecipe, alignments: Sequence[str], experts: Sequence[str], notes: Iterable[str] = ()) -> Tracker:
-    """The view for where this process runs. For one rank only."""
+def open_view(
+    recipe: TrainRecipe, alignments: Sequence[str], experts: Sequence[str], notes: Iterable[str] = (), first_step: int = 0
+) -> Tracker:
+    """The view for where this process runs, of a run that goes on after `first_step` steps. For one rank only."""
     console = Console(file=log.terminal(), highlight=False)
     if recipe.tracking.live and console.is_terminal and not console.is_dumb_terminal:
         return LiveView(View(f"h3scale train {Path(recipe.out)}", recipe.steps, alignments, experts, notes), console)
     for note in notes:
         log.logger.info(note)
-    return PlainLines(recipe.steps)
+    return PlainLines(recipe.steps, first_step)
 
 
 def summary(line: Line) -> str:

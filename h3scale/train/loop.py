@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.consolidate import MANIFEST
+from h3scale.checkpoint.shards import check_output, read_json
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder
-from h3scale.errors import DivergedError, UnsafeError
-from h3scale.log import LogFile, libraries_to_file
+from h3scale.errors import DivergedError, StoppedError, UnsafeError
+from h3scale.exit_status import run_folder_of, this_attempt, write_exit_status
+from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, attended_pairs
 from h3scale.model.router import membership_AE
 from h3scale.train.agree import by_rank_0
@@ -22,20 +24,35 @@ from h3scale.train.dry_run import dry_run, out_of_memory_told
 from h3scale.train.engine import Run, check_savable, set_learning_rate, start
 from h3scale.train.guards import FiniteCheck, NotFinite, Skips, finish_step
 from h3scale.train.heldout import score
-from h3scale.train.keep import Keeper, check_left, open_folder
+from h3scale.train.keep import Keeper, Progress
 from h3scale.train.loss import Counts, compute_losses
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import HELD_OUT, Metrics
 from h3scale.train.records import HeldOut, make_held_out, make_loader, places
+from h3scale.train.resume import check_order, check_same, check_topology, identity_of, load, open_run_folder, tidy_up, trim
 from h3scale.train.run_facts import make_metrics
 from h3scale.train.schedule import learning_rate_share
-from h3scale.train.storage import check_space
+from h3scale.train.stop import Asked, Wish
+from h3scale.train.storage import check_space, writing
 from h3scale.train.timing import timed_all_to_all
+
+
+@dataclass(frozen=True)
+class Options:
+    """What whoever starts a run says beside the recipe.
+
+    `force`: at the end the run's folder replaces `out`. `from_scratch`: what an earlier run has left is deleted, and not gone
+    on with. `allow_change`: the run goes on though the recipe, the records, the model or the code are others than before.
+    """
+
+    force: bool = False
+    from_scratch: bool = False
+    allow_change: bool = False
 
 
 @dataclass
 class Training:
-    """What takes part in a run, and `held_out` if it has any."""
+    """What takes part in a run, and `held_out` if it has any. `first_step`: how many it had taken when it went on."""
 
     recipe: TrainRecipe
     run: Run
@@ -46,24 +63,27 @@ class Training:
     skips: Skips
     keeper: Keeper
     held_out: HeldOut | None
+    first_step: int
 
 
-def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
-    """Runs the recipe and gives what it leaves (docs/training.md has all of it).
+def train(recipe: TrainRecipe, where: str, options: Options = Options()) -> Path:
+    """Runs the recipe, or goes on with it, and gives what it leaves (docs/training.md has all of it).
 
     A run that shards weights (ZeRO-3) leaves a training checkpoint `out/step-K` for `checkpoint consolidate`; one that does
-    not (ZeRO-0 to 2) leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`.
+    not (ZeRO-0 to 2) leaves a Hugging Face folder. `out` must not exist, or be replaced by `force`. A run that was
+    interrupted goes on from its newest checkpoint.
     DivergedError (76) when too many steps in a row were not finite; the model as it was before them is kept.
+    StoppedError (75, or 0 for a STOP file) when it was asked to end; it is saved.
     """
     out = Path(recipe.out)
     _check_place(recipe, out.resolve())
-    check_output(out, force)
-    run_folder = out.with_name(f".run-{out.name}")  # becomes `out` when the run has ended
-    check_left(run_folder, force)
+    check_output(out, options.force)
+    run_folder = run_folder_of(out)
     with Claim(out) as claim, libraries_to_file() as log_file:
-        training = begin(recipe, where, run_folder, force, claim, log_file)
+        training = begin(recipe, where, run_folder, options, claim, log_file)
         try:
-            steps_of_run(training)
+            with Asked(run_folder, training.run.rank) as asked:
+                steps_of_run(training, asked)
         finally:
             training.metrics.close()
         if training.skips.too_many:
@@ -71,7 +91,7 @@ def train(recipe: TrainRecipe, where: str, force: bool = False) -> Path:
         return training.keeper.finish()
 
 
-def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, claim: Claim, log_file: LogFile) -> Training:
+def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, claim: Claim, log_file: LogFile) -> Training:
     """Everything up to the first step."""
     check_savable(recipe, where)
     seed_everything(recipe.seed)
@@ -79,27 +99,57 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, force: bool, claim:
     by_rank_0(claim.take, f"claim {recipe.out}")
     loader = make_loader(recipe, run)
     held_out = make_held_out(recipe, run, loader)
-    by_rank_0(lambda: open_folder(run_folder, force), f"make {run_folder}")
+    newest = open_run_folder(run, run_folder, options.from_scratch and not this_attempt()["restart"])
     by_rank_0(lambda: check_space(recipe, run, run_folder), f"look at the room for {recipe.out}")
     log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
     memory = make_loss_memory(recipe, run)
     if recipe.guards.dry_run:
         dry_run(recipe, run, loader, memory)
-    metrics, flops = make_metrics(recipe, run, loader, run_folder)
+    identity = by_rank_0(lambda: identity_of(recipe), "look at what the run is")
+    manifest = read_json(newest / MANIFEST) if newest else {"step": 0}
+    if newest:
+        check_topology(run, newest)
+        check_same(newest, identity, options.allow_change)
+        check_order(newest, loader, options.allow_change)
+    metrics, flops = make_metrics(recipe, run, loader, run_folder, manifest["step"])
     skips = Skips(recipe.guards.max_skipped_in_a_row, run_folder / "skipped.jsonl")
-    keeper = Keeper(recipe, run, loader, run_folder, Path(recipe.out), force)
-    return Training(recipe, run, loader, metrics, flops, memory, skips, keeper, held_out)
+
+    def progress() -> Progress:
+        return {"skips": skips.state(), "watch": metrics.watch.state() if metrics.watch else None}, memory.state()
+
+    keeper = Keeper(recipe, run, loader, run_folder, Path(recipe.out), options.force, identity, progress)
+    training = Training(recipe, run, loader, metrics, flops, memory, skips, keeper, held_out, manifest["step"])
+    if newest:
+        go_on(training, newest, manifest)
+    return training
 
 
-def steps_of_run(t: Training) -> None:
-    """All optimizer steps of the recipe, or those up to the one at which it has diverged."""
+def go_on(t: Training, newest: Path, manifest: dict[str, Any]) -> None:
+    """Makes everything what it was at a checkpoint."""
+    t.memory.resume(load(t.run, newest))
+    t.skips.resume(manifest["progress"]["skips"])
+    t.keeper.resume(t.first_step, manifest["kept"])
+    if t.metrics.watch:
+        t.metrics.watch.resume(manifest["progress"]["watch"])
+    if t.run.rank == 0:
+        tidy_up(newest.parent)
+        for name in ("metrics.jsonl", "skipped.jsonl"):
+            trim(newest.parent / name, t.first_step)
+        logger.info("goes on after step %d of %d: %s", t.first_step, t.recipe.steps, newest)
+
+
+def steps_of_run(t: Training, asked: Asked) -> None:
+    """All optimizer steps of the recipe that are left, or those up to the one at which it has diverged.
+
+    StoppedError when a rank is asked to end, after that step is saved.
+    """
     recipe, run, loader = t.recipe, t.run, t.loader
     run.engine.train()
-    if recipe.evaluation and recipe.evaluation.at_start:
+    if recipe.evaluation and recipe.evaluation.at_start and not t.first_step:
         evaluate(t, 0)
     t.metrics.start()
     with timed_all_to_all(t.metrics.clock), out_of_memory_told(recipe, run, "training"):
-        for step in range(recipe.steps):
+        for step in range(t.first_step, recipe.steps):
             with t.metrics.clock.phase("data"):
                 batch = loader.batch(step)
             share = learning_rate_share(step, recipe.steps, recipe.optimizer)
@@ -112,6 +162,33 @@ def steps_of_run(t: Training) -> None:
                 return
             if is_evaluated(recipe, step + 1):
                 evaluate(t, step + 1)
+            save_if_asked(t, step + 1, asked)
+
+
+def save_if_asked(t: Training, step: int, asked: Asked) -> None:
+    """Saves where it is time, or a rank was asked to; StoppedError where it was asked to end. Not after the last step."""
+    every = t.recipe.save.every
+    wish, rank = asked.together(t.run.engine.device)
+    if step == t.recipe.steps or not (wish or (every and step % every == 0)):
+        return
+    with t.metrics.paused():
+        t.keeper.save(step)
+    if not wish:
+        return
+    asked.done()
+    reason = f"{wish} on rank {rank}" if wish > Wish.END else str(wish)
+    if not wish.ends:
+        if t.run.rank == 0:
+            logger.info("saved after step %d: %s", step, reason)
+        return
+    stop = StoppedError(
+        f"saved after step {step} of {t.recipe.steps} ({reason}): {t.keeper.state_folder(step)}; the same command goes on there"
+    )
+    stop.exit_code = 0 if wish is Wish.END else StoppedError.exit_code
+    if t.run.rank == 0:
+        with writing(t.keeper.run_folder):
+            write_exit_status(t.keeper.run_folder, stop.exit_code, reason, step, t.recipe.steps)
+    raise stop
 
 
 def one_step(

@@ -1,8 +1,7 @@
 """What losses remember from step to step: where the experts started, and how their load was shared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -36,21 +35,14 @@ class LossMemory:
         if self.balance:
             self.balance.undo_step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's part of the state of a run."""
-        parts = {"anchor": self.anchor, "balance": self.balance}
-        return {name: part.state_dict() for name, part in parts.items() if part}
+    def state(self) -> dict[str, Tensor]:
+        """What a run has to keep of it, the same on every rank. Where the experts started is read again from the model."""
+        return {"balance": self.balance.shares_LE} if self.balance else {}
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """From what all ranks of a run had, of any topology. Every rank calls this.
-
-        A part that the run did not have (its weight was 0) begins anew. DataError (65) for an anchor that does not fit.
-        """
-        anchors = [state["anchor"] for state in states if "anchor" in state]
-        if self.anchor and anchors:
-            self.anchor.load_state_dict(anchors)
-        if self.balance and states and "balance" in states[0]:
-            self.balance.load_state_dict(states[0]["balance"])
+    def resume(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state`. A part that the run did not have (its weight was 0) begins anew."""
+        if self.balance and "balance" in state:
+            self.balance.shares_LE = state["balance"].to(self.balance.shares_LE)
 
 
 def make_loss_memory(recipe: TrainRecipe, run: Run) -> LossMemory:

@@ -1,5 +1,6 @@
 """What a run's figures are measured by: the cost of a token, the device's peak, and run.json, which says so."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from h3scale.train.watch import Watch
 FACTS = "run.json"
 
 
-def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path) -> tuple[Metrics, Flops]:
-    """Where the figures go, and what a token costs. `run.json` says what they are measured by."""
+def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path, first_step: int) -> tuple[Metrics, Flops]:
+    """Where the figures go, and what a token costs. `run.json` says what they are measured by, and which run it is."""
     experts = run.expert_map.names() if run.expert_map else []
     alignment_of = dict(zip(experts, run.expert_map.experts, strict=True)) if run.expert_map else {}
     flops = training_flops(run.config, recipe.trainable, recipe.lora.targets if recipe.lora else ())
@@ -27,7 +28,7 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
     watch = Watch(recipe.guards, alignment_of)
     metrics = Metrics(run_folder / "metrics.jsonl", loader.alignments, run.engine.device, experts, peak.flops, watch)
     if run.rank == 0:
-        facts = {
+        facts: dict[str, Any] = {
             "ranks": run.world_size,
             "peak_flops": peak.flops,
             "peak_source": peak.source,
@@ -36,12 +37,15 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
             "flops_per_attended_pair": flops.per_pair,
             "model_bytes": model_bytes(recipe, run),
         }
+        path = run_folder / FACTS
+        before: dict[str, Any] = read_json(path) if path.is_file() else {"run_id": uuid.uuid4().hex[:8], "resumed_after": []}
+        facts = before | facts | {"resumed_after": [*before["resumed_after"], *([first_step] if first_step else [])]}
         with writing(run_folder):
-            write_json(run_folder / FACTS, facts)
+            write_json(path, facts)
         notes = [f"MFU is of {peak}, ranks: {run.world_size}"]
         metrics.trackers += [
-            *open_trackers(recipe, run_folder),
-            Guarded("view", lambda: open_view(recipe, loader.alignments, experts, notes)),
+            *open_trackers(recipe, run_folder, facts["run_id"], first_step),
+            Guarded("view", lambda: open_view(recipe, loader.alignments, experts, notes, first_step)),
         ]
     return metrics, flops
 

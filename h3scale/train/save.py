@@ -19,6 +19,7 @@ from h3scale.errors import StorageError
 from h3scale.model.families import as_published
 from h3scale.model.lora import merged, plain_name, updates_of
 from h3scale.train.engine import Run
+from h3scale.train.resume import write_rank_state
 
 PROBE_TOKENS = 64
 
@@ -81,11 +82,20 @@ class _Gather:
         return merged(name, values, self.scale, self._whole) if updates_of(name)[0] in self.parameters else values
 
 
-def write_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, folder: Path, step: int, facts: dict[str, Any]) -> None:
+def write_checkpoint(
+    run: Run,
+    recipe: TrainRecipe,
+    loader: TypedLoader,
+    folder: Path,
+    step: int,
+    facts: dict[str, Any],
+    own: dict[str, torch.Tensor],
+) -> None:
     """Writes a sharded checkpoint of the model after so many steps: all ranks, hashes, and at last the manifest by rank 0.
 
-    Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `probe.safetensors` (a fixed input and
-    the engine's logits on it, to prove a later conversion), `manifest.json` (sizes and sha256 of all files, and `facts`).
+    Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `ranks/` (what each rank alone knows, and
+    `own`), `probe.safetensors` (a fixed input and the engine's logits on it, to prove a later conversion), `manifest.json`
+    (sizes and sha256 of all files, and `facts`).
     """
     probe = _probe(run, loader)
     if run.rank == 0:
@@ -93,6 +103,7 @@ def write_checkpoint(run: Run, recipe: TrainRecipe, loader: TypedLoader, folder:
     dist.barrier()
     # DeepSpeed's own `latest` may name a torn checkpoint; ours has a manifest or is none.
     run.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
+    write_rank_state(run, folder, own)
     if run.rank == 0:
         write_json(folder / "model" / "config.json", _config(run))
         _save_extras(run, recipe, folder / "model")

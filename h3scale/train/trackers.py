@@ -47,14 +47,18 @@ class TensorBoard:
     training would wait for ever. So events are written here and now, one a step: an error comes back to the caller.
     """
 
-    def __init__(self, folder: Path, recipe: TrainRecipe):
+    def __init__(self, folder: Path, recipe: TrainRecipe, first_step: int):
         from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import text
 
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = EventsWriter(str(folder / "events"))
         self.flushed = 0.0
-        self._write(0, text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```"))
+        if first_step:  # what came after it in earlier files is hidden
+            start = SessionLog(status=SessionLog.START)
+            self.writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+        self._write(first_step, text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```"))
 
     def write(self, step: int, line: Line) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
@@ -78,14 +82,16 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases; what is not set here comes from WANDB_* variables."""
 
-    def __init__(self, project: str, folder: Path, recipe: TrainRecipe):
+    def __init__(self, project: str, folder: Path, recipe: TrainRecipe, run_id: str):
         import wandb
 
         # the recipe says all that is meant to be sent: no code, no state of a git work tree
         settings = wandb.Settings(disable_git=True, disable_code=True)
         name = Path(recipe.out).name
         config = recipe.model_dump(mode="json")
-        self.run = wandb.init(project=project, name=name, config=config, dir=str(folder), settings=settings)
+        self.run = wandb.init(
+            project=project, name=name, config=config, dir=str(folder), settings=settings, id=run_id, resume="allow"
+        )
 
     def write(self, step: int, line: Line) -> None:
         self.run.log(_figures(line), step=step)
@@ -97,11 +103,12 @@ class Wandb:
 class Trackio:
     """trackio: local unless TRACKIO_SPACE_ID says otherwise."""
 
-    def __init__(self, project: str, recipe: TrainRecipe):
+    def __init__(self, project: str, recipe: TrainRecipe, run_id: str):
         import trackio
 
         self.trackio = trackio
-        trackio.init(project=project, name=Path(recipe.out).name, config=recipe.model_dump(mode="json"))
+        name = f"{Path(recipe.out).name}-{run_id}"  # which is all that trackio knows a run by
+        trackio.init(project=project, name=name, config=recipe.model_dump(mode="json"), resume="allow")
 
     def write(self, step: int, line: Line) -> None:
         self.trackio.log(_figures(line), step=step)
@@ -136,13 +143,16 @@ class Guarded:
             logger.warning("%s is off from now on: %s (training goes on; metrics.jsonl has everything)", self.name, reason[0])
 
 
-def open_trackers(recipe: TrainRecipe, folder: Path) -> list[Tracker]:
-    """The trackers that the recipe asks for, writing into `folder` if they write files. For one rank only."""
+def open_trackers(recipe: TrainRecipe, folder: Path, run_id: str, first_step: int) -> list[Tracker]:
+    """The trackers that the recipe asks for, writing into `folder` if they write files. For one rank only.
+
+    A run that goes on after `first_step` steps has the same `run_id` as before.
+    """
     asked = recipe.tracking
     makers: dict[str, Callable[[], Tracker] | None] = {
-        "tensorboard": (lambda: TensorBoard(folder / "tensorboard", recipe)) if asked.tensorboard else None,
-        "wandb": (lambda: Wandb(str(asked.wandb), folder, recipe)) if asked.wandb else None,
-        "trackio": (lambda: Trackio(str(asked.trackio), recipe)) if asked.trackio else None,
+        "tensorboard": (lambda: TensorBoard(folder / "tensorboard", recipe, first_step)) if asked.tensorboard else None,
+        "wandb": (lambda: Wandb(str(asked.wandb), folder, recipe, run_id)) if asked.wandb else None,
+        "trackio": (lambda: Trackio(str(asked.trackio), recipe, run_id)) if asked.trackio else None,
     }
     return [Guarded(name, make) for name, make in makers.items() if make]
 

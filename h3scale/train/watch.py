@@ -6,6 +6,7 @@ Once per episode: a warning comes back when what it says has been over in betwee
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 from h3scale.config.recipe import Guards
 from h3scale.log import logger
@@ -27,6 +28,15 @@ class Watch:
     def take(self, line: dict[str, float]) -> dict[str, int]:
         """Warns where an episode begins with this line; gives `warning/WHAT: 1` for it, which belongs into the line."""
         return self._spike(line) | self._collapse(line)
+
+    def state(self) -> dict[str, Any]:
+        """What a run has to keep of it."""
+        return {"losses": list(self.losses), "spiking": self.spiking, "idle_steps": self.idle_steps}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
+        self.losses.extend(state["losses"])
+        self.spiking, self.idle_steps = state["spiking"], dict(state["idle_steps"])
 
     def _spike(self, line: dict[str, float]) -> dict[str, int]:
         loss = line.get("lm")

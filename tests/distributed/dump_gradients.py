@@ -3,8 +3,7 @@
 python -m tests.distributed.dump_gradients RECIPE OUT LAUNCHES CASES
 
 LAUNCHES is JSON, name -> [ranks, overrides of the recipe]; CASES, name -> overrides of the recipe's losses. Written for
-each launch: OUT/NAME/lines.json, the metrics of each case, and gradients.pt, for each case one dict an EP rank; of a
-launch with a fused model and several ranks that hold the same experts also resume.json, see `resume`.
+each launch: OUT/NAME/lines.json, the metrics of each case, and gradients.pt, for each case one dict an EP rank.
 """
 
 import json
@@ -18,6 +17,7 @@ from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.model.trainable import whole_shape
+from h3scale.train.anchor import DriftAnchor
 from h3scale.train.engine import Run, set_learning_rate, start
 from h3scale.train.loop import one_step, seed_everything
 from h3scale.train.loss import Counts
@@ -74,32 +74,10 @@ class Bench:
 
 def move_start(memory: LossMemory) -> None:
     if memory.anchor:
-        state = memory.anchor.state_dict()
-        memory.anchor.load_state_dict([{n: {**part, "values": START_SHARE * part["values"]} for n, part in state.items()}])
-
-
-def resume(bench: Bench, recipe: TrainRecipe) -> dict[str, object]:
-    """Two steps, then the next one twice: undisturbed, and with a memory made anew from the state on the moved weights."""
-    memory = bench.memory(recipe)
-    for step in range(2):
-        bench.take(recipe, memory, step, share=1.0)
-    states = bench.everyone(memory.state_dict())
-    states = [json.loads(json.dumps(state, default=torch.Tensor.tolist)) for state in states]  # what a file would hold
-    line, gradients = bench.take(recipe, memory, step=2)
-    fresh = bench.memory(recipe)
-    fresh_line, _ = bench.take(recipe, fresh, step=2)
-    again = bench.memory(recipe)
-    again.load_state_dict([tensors(state) for state in states])
-    again_line, again_gradients = bench.take(recipe, again, step=2)
-    equal = all(torch.equal(gradients[name], again_gradients[name]) for name in gradients)
-    names = ("drift", "router_balance")
-    lines = [{name: line[name] for name in names} for line in (line, again_line, fresh_line)]
-    return dict(zip(("undisturbed", "resumed", "fresh"), lines, strict=True)) | {"equal": all(bench.everyone(equal))}
-
-
-def tensors(state: dict) -> dict:
-    anchor = {name: {**part, "values": torch.tensor(part["values"])} for name, part in state["anchor"].items()}
-    return {"anchor": anchor, "balance": {"shares": torch.tensor(state["balance"]["shares"], dtype=torch.float64)}}
+        for held in memory.anchor.held:
+            held.start = START_SHARE * held.start.float()
+    if isinstance(memory.anchor, DriftAnchor):
+        memory.anchor.scale_LE = memory.anchor._scales()
 
 
 def rank_main(path: str, out: Path, cases: dict[str, list[str]], overrides: list[str]) -> None:
@@ -116,12 +94,6 @@ def rank_main(path: str, out: Path, cases: dict[str, list[str]], overrides: list
             bench.take(case, memory)
         lines[name], saved = bench.take(case, memory)
         gradients[name] = bench.everyone(saved)[: recipe.ep_size]
-    if run.expert_map and run.world_size > recipe.ep_size:
-        always = ["router.balance_weight=0.7", "drift.gamma=3"]
-        kinds = ("weights", "activations")
-        resumed = {k: resume(bench, load_recipe(TrainRecipe, path, [*overrides, *always, f"drift.kind={k}"])) for k in kinds}
-        if run.rank == 0:
-            (out / "resume.json").write_text(json.dumps(resumed))
     if run.rank == 0:
         (out / "lines.json").write_text(json.dumps(lines))
         torch.save(gradients, out / "gradients.pt")

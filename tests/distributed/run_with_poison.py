@@ -5,13 +5,15 @@ python -m tests.distributed.run_with_poison RUNS
 RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them; `poison` is
 none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or of every step from there on with "for ever"),
 "left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), "in the way" (somebody else makes
-the output at step BAD_STEP), or "full disk" (from step BAD_STEP on a file takes FILE_BYTES and no more). Prints JSON,
-name -> exit codes.
+the output at step BAD_STEP), "full disk" (from step BAD_STEP on a file takes FILE_BYTES and no more), or the name of a signal
+that the last rank gets in step BAD_STEP, such as "SIGUSR2"; "STOP" and "SAVE" are files that are made then. Prints JSON, name ->
+exit codes.
 """
 
 import json
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from h3scale import log
+from h3scale.exit_status import run_folder_of
 from h3scale.train import __main__ as rank_program
 from h3scale.train import dry_run, loop
 from h3scale.train.loss import Losses
@@ -49,13 +52,17 @@ class Poison:
             dry_run.compute_losses = self.no_memory
 
     def take_step(self, *args: Any) -> Any:
-        self.step, self.fresh = self.step + 1, True
+        self.step, self.fresh = int(args[1].engine.global_steps) + 1, True
         if self.what == "in the way" and self.bad and log.RANK == 0:
             out = Path(args[0].out)
             out.mkdir()
             (out / "precious.txt").write_text("mine")
         if self.what == "full disk" and self.bad:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        if self.bad and self.what.startswith("SIG") and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
+            os.kill(os.getpid(), getattr(signal, self.what))
+        if self.bad and self.what in ("STOP", "SAVE") and log.RANK == 0:
+            (run_folder_of(args[0].out) / self.what).touch()
         return {} if self.bad and "left out" in self.what else self.one_step(*args)
 
     @property

@@ -119,16 +119,6 @@ def test_every_loss_has_a_gradient_of_its_own(references) -> None:
         assert min(moved) > 1e-4, case
 
 
-@pytest.mark.parametrize("launch", ["2 ranks, EP 1", "4 ranks, EP 1", "4 ranks, EP 2", "4 ranks, EP 2, ZeRO-2"])
-@pytest.mark.parametrize("kind", ["weights", "activations"])
-def test_losses_go_on_from_their_saved_state_bit_for_bit(dumps: Path, launch: str, kind: str) -> None:
-    found = json.loads((dumps / launch / "resume.json").read_text())[kind]
-    assert found["equal"]
-    assert found["resumed"] == found["undisturbed"]
-    assert found["fresh"]["drift"] == 0 < found["undisturbed"]["drift"]
-    assert found["fresh"]["router_balance"] != found["undisturbed"]["router_balance"]
-
-
 def test_a_dense_model_has_the_same_gradients_when_it_computes_its_blocks_again(tmp_path: Path) -> None:
     world = make_world(tmp_path, ("helpful", "harmless"))
     overrides = [f"model={tiny_llama(tmp_path / 'dense')}", "activation_checkpointing=true", "trainable=[all]"]

@@ -32,20 +32,35 @@ def test_a_ranks_exit_code_is_kept_and_the_others_are_ended(failing: int) -> Non
     assert time.monotonic() - began < 30
 
 
-def test_a_killed_rank_is_our_bug_not_a_success() -> None:
-    assert run_ranks(python("os.kill(os.getpid(), 9) if rank else time.sleep(60)"), 2) == 70
+def test_a_killed_rank_is_a_lost_peer() -> None:
+    assert run_ranks(python("os.kill(os.getpid(), 9) if rank else time.sleep(60)"), 2) == 69
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_ranks_have_time_to_save_after_a_signal_and_say_how_it_went(tmp_path: Path, number: int) -> None:
+    save = f"signal.signal({number}, lambda *_: (time.sleep(1), open(r'{tmp_path}/saved' + str(rank), 'w'), os._exit(75)))"
+    inner = f"import signal; {save}; open(r'{tmp_path}/pid' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)"
+    launcher = started_launcher(inner, tmp_path)
+    launcher.send_signal(number)
+    assert launcher.wait(30) == 75
+    assert len(list(tmp_path.glob("saved*"))) == 2
 
 
 def test_sigterm_leaves_no_orphans(tmp_path: Path) -> None:
-    inner = f"open(r'{tmp_path}/pid' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)"
+    launcher = started_launcher(f"open(r'{tmp_path}/pid' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)", tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(30) == 128 + signal.SIGTERM
+    for file in tmp_path.glob("pid*"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def started_launcher(inner: str, tmp_path: Path) -> "subprocess.Popen[bytes]":
+    """Two ranks that run `inner`, which leaves a file pid*; they have."""
     code = f"from h3scale.launch.local import run_ranks; import sys; sys.exit(run_ranks({python(inner)!r}, 2))"
     launcher = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(30) != 0
-    for file in tmp_path.glob("pid*"):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.read_text()), 0)
+    return launcher

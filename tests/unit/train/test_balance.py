@@ -9,6 +9,7 @@ from h3scale.model.experts import ExpertMap
 from h3scale.model.router import membership_AE
 from h3scale.train import balance as module
 from h3scale.train.balance import Balance, check_balance
+from h3scale.train.loss_memory import LossMemory
 
 MAP = ExpertMap(("a", "b"), ("a", "b", None, "a", "a"))
 LAYERS = 2
@@ -55,7 +56,9 @@ def test_the_shares_can_be_saved_and_loaded(balance: Balance) -> None:
     balance.add(*tokens([0, 4]))
     balance.close_step()
     other = Balance(membership_AE(MAP), LAYERS)
-    other.load_state_dict(balance.state_dict())
+    LossMemory(None, other).resume(LossMemory(None, balance).state())
+    assert torch.equal(other.shares_LE, balance.shares_LE)
+    LossMemory(None, other).resume({})  # of a run without this loss
     assert torch.equal(other.shares_LE, balance.shares_LE)
 
 

@@ -1,0 +1,224 @@
+"""Going on with a run that has not ended: which of its checkpoints, whether it is still the same run, and what it was like there.
+
+On as many ranks, the same ep_size and ZeRO stage, a run that goes on gives the same bits as one that was never interrupted.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from h3scale.checkpoint.consolidate import MANIFEST, find_checkpoint
+from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.config.deepspeed import read_deepspeed
+from h3scale.config.recipe import TrainRecipe
+from h3scale.data.loader import TypedLoader
+from h3scale.errors import ConfigError, DataError, H3Error, OutputError
+from h3scale.exit_status import EXIT_STATUS
+from h3scale.log import logger
+from h3scale.train.agree import by_rank_0
+from h3scale.train.engine import Run
+
+STATE = "step-*"  # folders of checkpoints that a run can go on from; see Keeper.state_folder
+DENSE_STATE = "resume-*"
+LIBRARIES = ("h3scale", "torch", "deepspeed", "transformers")
+SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file
+# What may change without anybody being asked: it changes neither the order of the records nor the losses.
+FREE = ("out", "ranks", "model", "tokenizer", "deepspeed", "tracking", "save", "guards", "collective_timeout_s", "data.prepared")
+SHOWN = 12
+
+
+def open_run_folder(run: Run, run_folder: Path, from_scratch: bool) -> Path | None:
+    """The newest checkpoint in the folder that is whole, or None and an empty folder. Every rank calls this.
+
+    A damaged one that is newer is put aside (`.damaged-*`). DataError (65) when there are only damaged ones, OutputError (73)
+    when there are other models that a new run would delete.
+    """
+    found: list[Path] = by_rank_0(lambda: _candidates(run_folder, from_scratch), f"look into {run_folder}")
+    findings: list[str] = []
+    damaged: list[Path] = []
+    for path in found:
+        bad = _damage(run, path)
+        if not bad:
+            break
+        damaged.append(path)
+        findings += bad
+    if damaged == found and found:
+        raise DataError([*findings, f"{run_folder}: no checkpoint in it is whole (works: --from-scratch deletes them)"])
+    by_rank_0(lambda: _set_aside(damaged, findings) if found else _empty(run_folder), f"get {run_folder} ready")
+    return found[len(damaged)] if found else None
+
+
+def identity_of(recipe: TrainRecipe) -> dict[str, Any]:
+    """What makes a run the one it is: the recipe, the ds_config's content, the model that it began with, versions."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "ds_config": read_deepspeed(recipe.deepspeed),
+        "model": fingerprint(ModelFolder(recipe.model)) if recipe.model else None,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def fingerprint(folder: ModelFolder) -> str:
+    """The sha256 of a model's config, and of the names, sizes and some bytes of its weights: another model is noticed at once."""
+    digest = hashlib.sha256(json.dumps(folder.config, sort_keys=True).encode())
+    for name in sorted(set(folder.files.values())):
+        size = (folder.path / name).stat().st_size
+        digest.update(f"{name} {size}".encode())
+        with (folder.path / name).open("rb") as file:
+            for place in (0, size // 2, max(0, size - SAMPLE)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each value of an identity that is another one, but for FREE ones of the recipe."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name) and not _is_free(name)]
+    return [f"{name.removeprefix('recipe.')}: {old.get(name)} -> {new.get(name)}" for name in names]
+
+
+def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
+    """ConfigError (78) where the run has changed since it was saved; with `allow_change` the changes are told, and taken."""
+    found = changes(read_json(path / MANIFEST)["identity"], now)
+    if not found:
+        return
+    shown = found[:SHOWN] + ([f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
+    if not allow_change:
+        advice = "works: as it was, --allow-change to go on with what is new, --from-scratch to begin again"
+        raise ConfigError([*(f"since {path}: {line}" for line in shown), f"{path}: the run has changed ({advice})"])
+    for line in shown:
+        logger.warning("changed since %s: %s", path.name, line)
+
+
+def check_topology(run: Run, path: Path) -> None:
+    """ConfigError (78) where DeepSpeed's files were written by other ranks than those that would read them."""
+    manifest = read_json(path / MANIFEST)
+    then = {name: manifest[name] for name in ("world_size", "ep_size", "zero_stage")}
+    now = {"world_size": run.world_size, "ep_size": run.ep_size, "zero_stage": run.zero_stage}
+    if then != now:
+        said = [", ".join(f"{name} {value}" for name, value in each.items()) for each in (then, now)]
+        raise ConfigError(f"{path}: was saved with {said[0]}, this run has {said[1]} (works: {said[0]})")
+
+
+def check_order(path: Path, loader: TypedLoader, allow_change: bool) -> None:
+    """DataError (65) where the records would now come in another order; with `allow_change` that is told, and taken."""
+    try:
+        loader.resume(read_json(path / MANIFEST)["data"])
+    except DataError as error:
+        if not allow_change:
+            raise DataError([*error.findings, f"{path}: --allow-change goes on with the new order"]) from error
+        logger.warning("changed since %s: the order of the records", path.name)
+
+
+def load(run: Run, path: Path) -> dict[str, Tensor]:
+    """Weights, optimizer and random numbers as they were; gives what else this rank has written down with `write_rank_state`."""
+    own = [{name: value for name, value in group.items() if name != "params"} for group in run.engine.optimizer.param_groups]
+    found, _ = run.engine.load_checkpoint(str(path), tag="deepspeed", load_lr_scheduler_states=False)
+    if found is None:
+        raise DataError(f"{path}: DeepSpeed finds nothing in it")
+    for group, values in zip(run.engine.optimizer.param_groups, own, strict=True):
+        group.update(values)  # of this recipe: what is allowed to change would else come back
+    state = load_file(_rank_state(path, run.rank))
+    torch.set_rng_state(state.pop("rng_cpu"))
+    if "rng_cuda" in state:
+        torch.cuda.set_rng_state(state.pop("rng_cuda"))
+    return state
+
+
+def write_rank_state(run: Run, path: Path, state: dict[str, Tensor]) -> None:
+    """Writes what this rank alone knows into a checkpoint that is being made: its random numbers, and `state`."""
+    file = _rank_state(path, run.rank)
+    file.parent.mkdir(exist_ok=True)
+    random = {"rng_cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["rng_cuda"] = torch.cuda.get_rng_state()
+    save_file(random | {name: value.cpu().contiguous() for name, value in state.items()}, file)
+
+
+def trim(path: Path, step: int) -> None:
+    """Takes the lines after `step` out of a file of JSON lines, and what follows a torn one; it is missing where it was."""
+    if not path.is_file():
+        return
+    partial = path.with_name(f".partial-{path.name}")
+    with path.open(encoding="utf-8") as lines, partial.open("w", encoding="utf-8") as kept:
+        for line in lines:
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:  # the run was killed while it wrote
+                break
+            kept.write(line)
+    partial.replace(path)
+
+
+def _rank_state(path: Path, rank: int) -> Path:
+    return path / "ranks" / f"rank-{rank:05d}.safetensors"
+
+
+def _candidates(run_folder: Path, from_scratch: bool) -> list[Path]:
+    """Checkpoints with a manifest, the newest first. For one rank only."""
+    if from_scratch:
+        return []
+    marks = [path for kind in (STATE, DENSE_STATE) for path in run_folder.glob(f"{kind}/{MANIFEST}")]
+    found = sorted((path.parent for path in marks), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    other = next((path.parent for path in sorted(run_folder.glob("**/config.json")) if path.parent.name != "model"), None)
+    if other and not found:
+        raise OutputError(f"{other}: left by a run that did not end (move it away, or --from-scratch to delete it)")
+    return found
+
+
+def _damage(run: Run, path: Path) -> list[str]:
+    """What is wrong with the files of a checkpoint; every rank reads its share, and gets all findings."""
+    try:
+        mine = find_checkpoint(path).check_hashes(run.rank, run.world_size)
+    except H3Error as error:
+        mine = error.findings
+    gathered: list[Any] = [None] * run.world_size
+    dist.all_gather_object(gathered, mine)
+    return sorted({finding for part in gathered for finding in part})
+
+
+def _set_aside(damaged: list[Path], findings: list[str]) -> None:
+    for finding in findings:
+        logger.warning("%s", finding)
+    for path in damaged:
+        path.rename(path.with_name(f".damaged-{path.name}"))
+        logger.warning("%s is damaged, and now called .damaged-%s: the run goes on from an older one", path, path.name)
+
+
+def _empty(run_folder: Path) -> None:
+    try:
+        if run_folder.exists():
+            shutil.rmtree(run_folder)
+        run_folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{run_folder}: cannot be made ({error.strerror})") from error
+
+
+def tidy_up(run_folder: Path) -> None:
+    """Removes what an interrupted run has begun and not finished, and how it ended. For one rank only."""
+    (run_folder / EXIT_STATUS).unlink(missing_ok=True)
+    for path in run_folder.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def _flat(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, values
+
+
+def _is_free(name: str) -> bool:
+    return any(name == f"recipe.{free}" or name.startswith(f"recipe.{free}.") for free in FREE)

@@ -10,7 +10,8 @@ EXIT_STATUS = "exit_status.json"
 
 def run_folder_of(out: str | Path) -> Path:
     """The folder of a run while it goes on; it becomes `out` when the run has ended well."""
-    return Path(out).with_name(f".run-{Path(out).name}")
+    path = Path(out) if Path(out).name else Path(out).absolute()
+    return path.with_name(f".run-{path.name}")
 
 
 def write_exit_status(folder: Path, exit_code: int, reason: str, step: int, steps: int) -> None:

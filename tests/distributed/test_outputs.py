@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from h3scale.checkpoint.shards import ModelFolder
+from h3scale.exit_status import kept_step
 from h3scale.train.claim import Claim
-from h3scale.train.keep import check_left
 from tests.distributed.run_with_poison import BAD_STEP
 from tests.distributed.test_guards import inside, started
 from tests.distributed.test_train import EXPERTS, make_world
@@ -71,7 +71,7 @@ def test_a_full_disk_at_the_end_of_a_run_is_one_line_and_leaves_nothing_that_loo
     assert said
     assert all(line.startswith("error: ") and ": cannot be written: " in line and line.endswith(" GB are free)") for line in said)
     assert not (runs / run).exists()
-    check_left(runs / f".run-{run}", force=False)
+    assert kept_step(runs / run) == 0
     assert len((runs / f".run-{run}" / "metrics.jsonl").read_text().splitlines()) == BAD_STEP
 
 

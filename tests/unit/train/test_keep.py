@@ -12,51 +12,80 @@ from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError, OutputError
 from h3scale.train import keep
-from h3scale.train.keep import Keeper, check_left, open_folder
+from h3scale.train.keep import Keeper
 
 STEPS = 4
-
-
-@pytest.mark.parametrize("model", ["step-000010/manifest.json", "step-000010/config.json", "config.json", "last/config.json"])
-def test_models_of_a_run_that_did_not_end_are_deleted_by_force_alone(tmp_path: Path, model: str) -> None:
-    folder = tmp_path / ".run-x"
-    (folder / model).parent.mkdir(parents=True)
-    (folder / "step-000010" / "model").mkdir(parents=True, exist_ok=True)
-    (folder / "step-000010" / "model" / "config.json").write_text("{}")  # torn: nothing that could be used
-    check_left(folder, force=False)
-    (folder / model).write_text("{}")
-    for refused in (check_left, open_folder):
-        with pytest.raises(OutputError, match=f"{(folder / model).parent}: left by a run that did not end"):
-            refused(folder, force=False)
-    check_left(folder, force=True)
-    open_folder(folder, force=True)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_run_whose_folder_cannot_be_made_says_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be made"):
-        open_folder(tmp_path / "file" / ".run-x", force=False)
 
 
 class Written(Keeper):
     """A Keeper whose models are files with the step's number."""
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
-        self._folder(step).mkdir()
-        (self._folder(step) / "config.json").write_text(str(step))
-        (self._folder(step) / "manifest.json").write_text(json.dumps({"step": step, **facts}))
+        self._put(self._folder(step), "config.json", str(step))
+        self.models.add(step)
+        if self.run.zero_stage == 3:
+            self._write_state(step, facts)
+
+    def _write_state(self, step: int, facts: dict[str, Any]) -> None:
+        kept = {"best_step": self.best_step, "best_nll": None}
+        self._put(self.state_folder(step), "manifest.json", json.dumps({"step": step, **facts, "kept": kept}))
+        self.states.add(step)
+
+    def _put(self, folder: Path, name: str, text: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
 
 
-def keeper(folder: Path, force: bool = False, zero_stage: int = 3, keep_best: bool = False) -> Written:
+def keeper(folder: Path, force: bool = False, zero_stage: int = 3, keep_best: bool = False, keep: int = 2) -> Written:
     """Of a run of STEPS steps that has begun."""
     run_folder, out = folder / ".run-x", folder / "x"
-    open_folder(run_folder, force)
+    run_folder.mkdir()
     (run_folder / "run.json").write_text("{}")
-    recipe: Any = SimpleNamespace(steps=STEPS, evaluation=SimpleNamespace(keep_best=keep_best))
+    recipe: Any = SimpleNamespace(
+        steps=STEPS, evaluation=SimpleNamespace(keep_best=keep_best), save=SimpleNamespace(every=1, keep=keep)
+    )
     run: Any = SimpleNamespace(rank=0, zero_stage=zero_stage)
     loader: Any = None
-    return Written(recipe, run, loader, run_folder, out, force)
+    return Written(recipe, run, loader, run_folder, out, force, {}, lambda: ({}, {}))
+
+
+def there(kept: Written) -> list[str]:
+    return sorted(path.name for path in kept.run_folder.iterdir() if path.is_dir())
+
+
+def test_the_newest_checkpoints_stay_and_the_best_model_beside_them(one_rank: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path, keep_best=True)
+    kept.take(1, 1.5)
+    for step in (1, 2, 3, 4):
+        kept.save(step)
+    assert there(kept) == ["step-000001", "step-000003", "step-000004"]
+    kept.take(5, 1.4)  # the older checkpoint would still have step 1 as its best
+    assert there(kept) == ["step-000001", "step-000004", "step-000005"]
+    kept.save(6)
+    assert there(kept) == ["step-000005", "step-000006"]
+
+
+def test_a_model_folder_that_was_the_best_stays_as_long_as_a_checkpoint_that_says_so(one_rank: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path, zero_stage=2, keep_best=True)
+    kept.take(1, 1.5)
+    kept.save(1)
+    kept.take(2, 1.4)
+    assert there(kept) == ["resume-000001", "step-000001", "step-000002"]
+    kept.save(2)
+    kept.save(3)
+    assert there(kept) == ["resume-000002", "resume-000003", "step-000002"]
+
+
+def test_a_run_that_goes_on_knows_its_best_and_writes_nothing_twice(one_rank: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path, keep_best=True)
+    kept.take(2, 1.5)
+    again = Written(kept.recipe, kept.run, kept.loader, kept.run_folder, kept.out, False, {}, lambda: ({}, {}))
+    again.resume(2, {"best_step": 2, "best_nll": 1.5})
+    again.take(3, 1.6)
+    assert again.best_step == 2
+    before = (kept.run_folder / "step-000002" / "manifest.json").stat().st_mtime_ns
+    again.save(2)
+    assert (kept.run_folder / "step-000002" / "manifest.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
@@ -70,8 +99,6 @@ def test_what_came_into_the_way_during_the_run_stays_and_so_does_the_model(one_r
     assert (tmp_path / "x" / "precious.txt").read_text() == "mine"
     model = tmp_path / ".run-x" / (f"step-{STEPS:06d}" if zero_stage == 3 else ".")
     assert (model / "config.json").read_text() == str(STEPS)
-    with pytest.raises(OutputError, match="left by a run"):
-        check_left(tmp_path / ".run-x", force=False)
 
 
 @pytest.mark.parametrize("there", ["folder", "file", "link", "empty folder"])
@@ -88,7 +115,7 @@ def test_force_replaces_what_is_there_and_leaves_nothing_else(one_rank: None, tm
         (tmp_path / "x" / "old.txt").write_text("old")
     assert keeper(tmp_path, force=there != "empty folder").finish() == tmp_path / "x" / f"step-{STEPS:06d}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x"]
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["run.json", f"step-{STEPS:06d}"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["exit_status.json", "run.json", f"step-{STEPS:06d}"]
     assert (tmp_path / "elsewhere" / "precious.txt").read_text() == "mine"
 
 
@@ -131,7 +158,7 @@ def test_a_diverged_run_says_so_in_the_manifest_of_its_last_good_step_also_where
     assert kept.finish_diverged(3) == tmp_path / "x" / "step-000003"
     manifest = json.loads((tmp_path / "x" / "step-000003" / "manifest.json").read_text())
     facts = {"best": True, "heldout_nll": 1.5} if best == 3 else {"best": False}
-    assert manifest == {"step": 3, **facts, "ended": "diverged"}
+    assert manifest == {"step": 3, **facts, "kept": {"best_step": best, "best_nll": None}, "ended": "diverged"}
 
 
 def test_memory_that_runs_out_while_a_model_is_saved_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,4 +171,4 @@ def test_memory_that_runs_out_while_a_model_is_saved_is_one_line(tmp_path: Path,
     run: Any = SimpleNamespace(rank=0, zero_stage=3, engine=engine, expert_map=None, world_size=1, ep_size=1)
     loader: Any = None
     with pytest.raises(ConfigError, match=r"^saving: out of memory on rank 0 "):
-        Keeper(recipe, run, loader, tmp_path / ".run-x", tmp_path / "x", force=False).finish()
+        Keeper(recipe, run, loader, tmp_path / ".run-x", tmp_path / "x", False, {}, lambda: ({}, {})).finish()

@@ -15,12 +15,13 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError
 from h3scale.train import loop
 from h3scale.train.metrics import Metrics
+from h3scale.train.stop import Asked
 
 
 def training(metrics: Metrics, recipe: TrainRecipe) -> Any:
     engine = SimpleNamespace(device=torch.device("cpu"), zero_offload_optimizer=lambda: None, train=lambda: None)
     run = SimpleNamespace(rank=0, engine=engine, expert_map=None, world_size=1, ep_size=1, zero_stage=3)
-    return SimpleNamespace(recipe=recipe, run=run, held_out=True, loader=None, metrics=metrics)
+    return SimpleNamespace(recipe=recipe, run=run, held_out=True, loader=None, metrics=metrics, first_step=0)
 
 
 def test_memory_that_runs_out_in_the_evaluation_before_the_first_step_is_one_line(
@@ -33,7 +34,7 @@ def test_memory_that_runs_out_in_the_evaluation_before_the_first_step_is_one_lin
     words = ["evaluation={records: [heldout.jsonl], every: 1, at_start: true}"]
     recipe = load_recipe(TrainRecipe, "recipes/demo/train.yaml", words)
     with pytest.raises(ConfigError, match=r"^evaluation: out of memory on rank 0 "):
-        loop.steps_of_run(training(Metrics(tmp_path / "metrics.jsonl", [], torch.device("cpu")), recipe))
+        loop.steps_of_run(training(Metrics(tmp_path / "metrics.jsonl", [], torch.device("cpu")), recipe), Asked(tmp_path, 0))
 
 
 def test_a_held_out_figure_that_is_not_finite_is_said_and_not_written(

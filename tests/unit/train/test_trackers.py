@@ -76,7 +76,7 @@ def test_a_tracker_that_is_not_installed_is_one_warning(
     recipe: Any, tmp_path: Path, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    trackers = open_trackers(recipe("tracking={tensorboard: false, wandb: h3}"), tmp_path)
+    trackers = open_trackers(recipe("tracking={tensorboard: false, wandb: h3}"), tmp_path, "id", 0)
     for tracker in trackers:
         tracker.write(1, LINE)
     assert len(trackers) == len(warnings.records) == 1
@@ -86,7 +86,7 @@ def test_a_tracker_that_is_not_installed_is_one_warning(
 def test_tensorboard_files_hold_the_figures(recipe: Any, tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
 
-    (tracker,) = open_trackers(recipe(), tmp_path)
+    (tracker,) = open_trackers(recipe(), tmp_path, "id", 0)
     tracker.write(3, LINE)
     tracker.write(4, {**LINE, "step": 4, "lm": 0.5})
     tracker.close()
@@ -107,7 +107,7 @@ def test_a_disk_that_is_full_switches_tensorboard_off_at_once(
     recipe: Any, tmp_path: Path, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("h3scale.train.trackers.FLUSH_S", -1)  # every event goes to the disk
-    (tracker,) = open_trackers(recipe(), tmp_path)
+    (tracker,) = open_trackers(recipe(), tmp_path, "id", 0)
     assert isinstance(tracker, Guarded)
     tracker.write(1, LINE)
     assert not warnings.records
@@ -135,7 +135,7 @@ def test_wandb_and_trackio_get_project_recipe_and_figures(recipe: Any, tmp_path:
     fake = SimpleNamespace(init=note("trackio"), log=note("trackio.log"), finish=note("trackio.finish"))
     monkeypatch.setitem(sys.modules, "trackio", fake)
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
-    trackers = open_trackers(recipe("tracking={tensorboard: false, wandb: one, trackio: two}"), tmp_path)
+    trackers = open_trackers(recipe("tracking={tensorboard: false, wandb: one, trackio: two}"), tmp_path, "the-run", 2)
     for tracker in trackers:
         tracker.write(3, LINE)
         tracker.close()
@@ -144,6 +144,9 @@ def test_wandb_and_trackio_get_project_recipe_and_figures(recipe: Any, tmp_path:
         "wandb", "trackio", "wandb.log", "wandb.finish", "trackio.log", "trackio.finish",
     ]  # fmt: skip
     assert [given["project"] for name, given in calls if name in ("wandb", "trackio")] == ["one", "two"]
+    began = {name: given for name, given in calls if name in ("wandb", "trackio")}  # a run that goes on is the same one there
+    assert (began["wandb"]["id"], began["wandb"]["resume"], began["trackio"]["resume"]) == ("the-run", "allow", "allow")
+    assert began["trackio"]["name"].endswith("-the-run")
     assert all(given["config"]["steps"] == recipe().steps for name, given in calls if name in ("wandb", "trackio"))
     assert [given[0] for name, given in calls if name.endswith(".log")] == [figures, figures]
     assert "secret-key" not in repr(calls)

@@ -45,14 +45,15 @@ def _refused(what: object, folder: Path, reason: str) -> StorageError:
 def check_space(recipe: TrainRecipe, run: Run, folder: Path) -> None:
     """OutputError (73) where not even one model fits beside what is there; a warning where those kept at once may not."""
     one, free = model_bytes(recipe, run), shutil.disk_usage(folder).free
-    at_once = 3 if recipe.evaluation and recipe.evaluation.keep_best else 1  # the best, the next best and the last
+    at_once = 2 if recipe.evaluation and recipe.evaluation.keep_best else 0  # the best and the next best
+    at_once += 1 + (recipe.save.keep if recipe.save.every else 0)  # the last, and those to go on from
     if free < one:
         raise OutputError(
             f"{recipe.out}: the model it leaves takes {one / GB:.1f} GB, and {free / GB:.1f} GB are free (works: another place)"
         )
     if free < at_once * one:
         logger.warning(
-            "%s: evaluation.keep_best has up to %d models of %.1f GB at once, and %.1f GB are free",
+            "%s: evaluation.keep_best and save have up to %d models of %.1f GB at once, and %.1f GB are free",
             recipe.out, at_once, one / GB, free / GB,
         )  # fmt: skip
 

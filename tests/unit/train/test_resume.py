@@ -43,7 +43,8 @@ def test_another_version_or_ds_config_is_a_change(model: Path) -> None:
     before = identity(model)
     now = json.loads(json.dumps(before))
     now["versions"]["torch"], now["ds_config"]["zero_optimization"]["stage"] = "9.9", 1
-    assert changes(before, now) == ["ds_config.zero_optimization.stage: 3 -> 1", f"versions.torch: {before['versions']['torch']} -> 9.9"]
+    torch = before["versions"]["torch"]
+    assert changes(before, now) == ["ds_config.zero_optimization.stage: 3 -> 1", f"versions.torch: {torch} -> 9.9"]
 
 
 def test_a_copy_of_a_model_is_the_same_one_and_a_changed_value_another(model: Path, tmp_path: Path) -> None:

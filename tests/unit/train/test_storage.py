@@ -63,20 +63,35 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "keep_best", "outcome"), [(9, False, "error"), (10, False, ""), (29, True, "warning"), (30, True, "")]
+    ("free", "keep_best", "every", "outcome"),
+    [
+        (9, False, None, "error"),
+        (10, False, None, ""),
+        (29, True, None, "warning"),
+        (30, True, None, ""),
+        (29, False, 5, "warning"),
+    ],
 )
 def test_room_is_asked_for_before_the_first_step(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, free: int, keep_best: bool, outcome: str
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    keep_best: bool,
+    every: int | None,
+    outcome: str,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("h3scale"), "propagate", True)
     monkeypatch.setattr(storage, "model_bytes", lambda *_: 10e9)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1e9))
-    recipe: Any = SimpleNamespace(out="models/x", evaluation=SimpleNamespace(keep_best=keep_best))
+    recipe: Any = SimpleNamespace(
+        out="models/x", evaluation=SimpleNamespace(keep_best=keep_best), save=SimpleNamespace(every=every, keep=2)
+    )
     run: Any = None
     if outcome == "error":
         with pytest.raises(OutputError, match=r"models/x: the model it leaves takes 10\.0 GB, and 9\.0 GB are free"):
             check_space(recipe, run, tmp_path)
     else:
         check_space(recipe, run, tmp_path)
-    said = ["models/x: evaluation.keep_best has up to 3 models of 10.0 GB at once, and 29.0 GB are free"]
+    said = ["models/x: evaluation.keep_best and save have up to 3 models of 10.0 GB at once, and 29.0 GB are free"]
     assert caplog.messages == (said if outcome == "warning" else [])

@@ -1,4 +1,4 @@
-"""What all recipes share: strict models, YAML with `extends`, overrides, and findings that say what would work."""
+"""Reading recipes: YAML with `extends`, overrides, and findings that say what would work."""
 
 import difflib
 import re
@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from h3scale.config.strict import Strict
 from h3scale.config.tiny import TINY, toy_values
 from h3scale.errors import ConfigError, MissingInputError
-
-
-class Strict(BaseModel):
-    """A part of a recipe: unknown keys are refused; a text or a yes/no is no number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
 
 R = TypeVar("R", bound=Strict)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from h3scale.config.base import Strict
+from h3scale.config.strict import Strict
 
 
 def _whole(value: Any) -> Any:

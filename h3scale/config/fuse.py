@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from h3scale.config.base import Strict
 from h3scale.config.data import SourceList
 from h3scale.config.recipe import DenseFamily
+from h3scale.config.strict import Strict
 
 
 class RouterStart(Strict):

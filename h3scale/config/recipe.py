@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic import Strict as Strict_
 
-from h3scale.config.base import Strict
 from h3scale.config.data import Data, Sources
+from h3scale.config.strict import Strict
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]

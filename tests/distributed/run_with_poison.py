@@ -52,7 +52,8 @@ class Poison:
             dry_run.compute_losses = self.no_memory
 
     def take_step(self, *args: Any) -> Any:
-        self.step, self.fresh = int(args[1].engine.global_steps) + 1, True
+        before = self.step or int(args[1].engine.global_steps)  # of a run that goes on
+        self.step, self.fresh = before + 1, True
         if self.what == "in the way" and self.bad and log.RANK == 0:
             out = Path(args[0].out)
             out.mkdir()

@@ -29,11 +29,7 @@ def run_ranks(command: list[str], ranks: int) -> int:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    processes = []
-    for rank in range(ranks):
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=environment))
-
+    processes: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
     def forward(number: int, _frame: FrameType | None) -> None:
@@ -44,6 +40,10 @@ def run_ranks(command: list[str], ranks: int) -> int:
 
     before = {number: signal.signal(number, forward) for number in SIGNALS}
     try:
+        for rank in range(ranks):
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # Not of the terminal's group: Ctrl-C would come from there and from here, and the second one ends a rank at once.
+            processes.append(subprocess.Popen(command, env=environment, process_group=0))
         while _running_fine(processes):
             time.sleep(0.05)
         first = next((process.returncode for process in processes if process.returncode), 0)

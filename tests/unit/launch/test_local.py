@@ -55,10 +55,19 @@ def test_sigterm_leaves_no_orphans(tmp_path: Path) -> None:
             os.kill(int(file.read_text()), 0)
 
 
-def started_launcher(inner: str, tmp_path: Path) -> "subprocess.Popen[bytes]":
+def test_the_terminals_ctrl_c_reaches_a_rank_once(tmp_path: Path) -> None:
+    count = "got = []; signal.signal(signal.SIGINT, lambda *_: got.append(1))"
+    wait = "\nwhile not got: time.sleep(0.02)\ntime.sleep(1); sys.exit(75 if len(got) == 1 else 70)"
+    inner = f"import signal; {count}; open(r'{tmp_path}/pid' + str(rank), 'w').write(str(os.getpid())){wait}"
+    launcher = started_launcher(inner, tmp_path, own_group=True)
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+    assert launcher.wait(30) == 75
+
+
+def started_launcher(inner: str, tmp_path: Path, own_group: bool = False) -> "subprocess.Popen[bytes]":
     """Two ranks that run `inner`, which leaves a file pid*; they have."""
     code = f"from h3scale.launch.local import run_ranks; import sys; sys.exit(run_ranks({python(inner)!r}, 2))"
-    launcher = subprocess.Popen([sys.executable, "-c", code])
+    launcher = subprocess.Popen([sys.executable, "-c", code], process_group=0 if own_group else None)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

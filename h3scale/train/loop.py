@@ -32,7 +32,7 @@ from h3scale.train.records import HeldOut, make_held_out, make_loader, places
 from h3scale.train.resume import check_order, check_same, check_topology, identity_of, load, open_run_folder, tidy_up, trim
 from h3scale.train.run_facts import make_metrics
 from h3scale.train.schedule import learning_rate_share
-from h3scale.train.stop import Asked, Wish
+from h3scale.train.stop import Asked, Wish, find_launcher
 from h3scale.train.storage import check_space, writing
 from h3scale.train.timing import timed_all_to_all
 
@@ -79,16 +79,18 @@ def train(recipe: TrainRecipe, where: str, options: Options = Options()) -> Path
     _check_place(recipe, out.resolve())
     check_output(out, options.force)
     run_folder = run_folder_of(out)
+    launcher = find_launcher()
     with Claim(out) as claim, libraries_to_file() as log_file:
         training = begin(recipe, where, run_folder, options, claim, log_file)
-        try:
-            with Asked(run_folder, training.run.rank) as asked:
+        # To the end: a signal must not end the last save, and a launcher sends one to those that are left when a rank has ended.
+        with Asked(run_folder, training.run.rank, launcher) as asked:
+            try:
                 steps_of_run(training, asked)
-        finally:
-            training.metrics.close()
-        if training.skips.too_many:
-            raise diverged(training)
-        return training.keeper.finish()
+            finally:
+                training.metrics.close()
+            if training.skips.too_many:
+                raise diverged(training)
+            return training.keeper.finish()
 
 
 def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, claim: Claim, log_file: LogFile) -> Training:
@@ -175,8 +177,8 @@ def save_if_asked(t: Training, step: int, asked: Asked) -> None:
         t.keeper.save(step)
     if not wish:
         return
-    asked.done()
-    reason = f"{wish} on rank {rank}" if wish > Wish.END else str(wish)
+    asked.done(wish)
+    reason = str(wish) if wish in (Wish.SAVE, Wish.END) else f"{wish} on rank {rank}"
     if not wish.ends:
         if t.run.rank == 0:
             logger.info("saved after step %d: %s", step, reason)
@@ -185,9 +187,12 @@ def save_if_asked(t: Training, step: int, asked: Asked) -> None:
         f"saved after step {step} of {t.recipe.steps} ({reason}): {t.keeper.state_folder(step)}; the same command goes on there"
     )
     stop.exit_code = 0 if wish is Wish.END else StoppedError.exit_code
-    if t.run.rank == 0:
+
+    def say() -> None:
         with writing(t.keeper.run_folder):
             write_exit_status(t.keeper.run_folder, stop.exit_code, reason, step, t.recipe.steps)
+
+    by_rank_0(say, "say how the run ended")  # and nobody leaves before it has: a launcher soon ends those that are left
     raise stop
 
 

@@ -26,15 +26,15 @@ class Wish(enum.IntEnum):
 
     NONE = 0
     SAVE = 1  # save once and go on
-    END = 2  # save and end, for good: exit code 0
-    USR2 = 3  # save and end, to be started again: exit code 75. This and the rest say why.
-    TERM = 4
-    INT = 5
-    ORPHANED = 6  # the launcher is gone: nobody else would end this rank
+    USR2 = 2  # save and end, to be started again: exit code 75. This and the next ones say why.
+    TERM = 3
+    INT = 4
+    ORPHANED = 5  # the launcher is gone: nobody else would end this rank
+    END = 6  # save and end, for good: exit code 0, also where a signal asks at the same time
 
     @property
     def ends(self) -> bool:
-        return self >= Wish.END
+        return self > Wish.SAVE
 
     def __str__(self) -> str:
         return _WORDS.get(self, f"SIG{self.name}")
@@ -51,19 +51,20 @@ SIGNALS = {signal.SIGUSR2: Wish.USR2, signal.SIGTERM: Wish.TERM, signal.SIGINT: 
 class Asked:
     """What this rank has been asked since it was last looked. A context, in which signals end nothing by themselves.
 
-    The second SIGINT does, at once: a person who presses the keys again means it. Rank 0 looks for the files.
+    The second SIGINT does, at once: a person who presses the keys again means it. Rank 0 looks for the files. `launcher`: whose end
+    is a wish as well.
     """
 
-    def __init__(self, run_folder: Path, rank: int):
+    def __init__(self, run_folder: Path, rank: int, launcher: psutil.Process | None = None):
         self.run_folder, self.rank = run_folder, rank
         self.signalled = Wish.NONE
         self.closed = threading.Event()
+        self.launcher = launcher
 
     def __enter__(self) -> "Asked":
         self.before = {number: signal.signal(number, self._take) for number in SIGNALS}
-        launcher = _launcher()
-        if launcher:
-            threading.Thread(target=self._watch, args=(launcher,), daemon=True).start()
+        if self.launcher:
+            threading.Thread(target=self._watch, args=(self.launcher,), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
@@ -81,16 +82,16 @@ class Asked:
 
     def wish(self) -> Wish:
         """What this rank asks for now."""
+        if self.rank == 0 and (self.run_folder / STOP_FILE).exists():
+            return Wish.END
         if self.signalled or self.rank:
             return self.signalled
-        if (self.run_folder / STOP_FILE).exists():
-            return Wish.END
         return Wish.SAVE if (self.run_folder / SAVE_FILE).exists() else Wish.NONE
 
-    def done(self) -> None:
-        """What a file asked for has been done; it asks no more."""
+    def done(self, wish: Wish) -> None:
+        """The run is saved: a file SAVE asks no more, and STOP only where it was asked for (it may have come since)."""
         if self.rank == 0:
-            for name in (STOP_FILE, SAVE_FILE):
+            for name in (SAVE_FILE, STOP_FILE) if wish is Wish.END else (SAVE_FILE,):
                 (self.run_folder / name).unlink(missing_ok=True)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
@@ -101,14 +102,23 @@ class Asked:
 
     def _watch(self, launcher: psutil.Process) -> None:
         while not self.closed.wait(WATCH_S):
-            if not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE:
+            if _is_gone(launcher):
                 logger.warning("the launcher (process %d) is gone: this rank saves and ends", launcher.pid)
                 self.signalled = max(self.signalled, Wish.ORPHANED)
                 return
 
 
-def _launcher() -> psutil.Process | None:
+def _is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:  # between the two
+        return True
+
+
+def find_launcher() -> psutil.Process | None:
     """The process that started the ranks of this machine, the outermost: `deepspeed` has another one in between.
+
+    To be called early: once it is gone nothing tells that there was one.
 
     None for a rank that no launcher started, or Slurm: srun ends its own. SIGTERM to `deepspeed` ends it alone, and its ranks
     would go on; `torchrun` and `h3scale train` hand signals on, but not a kill -9.

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,3 +50,20 @@ def test_a_held_out_figure_that_is_not_finite_is_said_and_not_written(
         "heldout/lm/helpful": 1.5,
     }
     assert caplog.messages == ["step 3: heldout/lm is nan", "step 3: heldout/lm/honest is inf"]
+
+
+def test_a_signal_during_the_last_save_does_not_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish() -> Path:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        return tmp_path / "x"
+
+    steps = SimpleNamespace(run=SimpleNamespace(rank=0), metrics=SimpleNamespace(close=lambda: None))
+    steps.skips, steps.keeper = SimpleNamespace(too_many=False), SimpleNamespace(finish=finish)
+    monkeypatch.setattr(loop, "begin", lambda *_: steps)
+    monkeypatch.setattr(loop, "steps_of_run", lambda *_: None)
+    before = signal.signal(signal.SIGUSR2, lambda *_: pytest.fail("would have ended the rank"))
+    try:
+        recipe = load_recipe(TrainRecipe, "recipes/demo/train.yaml", [f"out={tmp_path / 'x'}"])
+        assert loop.train(recipe, "recipe.yaml") == tmp_path / "x"
+    finally:
+        signal.signal(signal.SIGUSR2, before)

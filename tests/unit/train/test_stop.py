@@ -49,9 +49,23 @@ def test_rank_0_looks_for_files_which_are_gone_when_it_is_done(tmp_path: Path) -
         (tmp_path / "STOP").touch()
         assert asked.wish() is Wish.END
         assert other.wish() is Wish.NONE
-        asked.done()
+        asked.done(Wish.SAVE)  # what came meanwhile is still to be done
+        assert asked.wish() is Wish.END
+        (tmp_path / "SAVE").touch()
+        asked.done(Wish.END)
         assert asked.wish() is Wish.NONE
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_stops_a_run_for_good_is_heard_beside_a_signal(tmp_path: Path) -> None:
+    with Asked(tmp_path, 0) as asked:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert asked.wish() is Wish.USR2
+        (tmp_path / "STOP").touch()
+        assert asked.wish() is Wish.END
+        assert Wish.END is max(Wish)
+        asked.done(Wish.USR2)
+        assert (tmp_path / "STOP").exists()  # came after the ranks had agreed: for the next time
 
 
 def test_a_lone_rank_agrees_with_itself(one_rank: None, tmp_path: Path) -> None:
@@ -67,7 +81,7 @@ child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdout=subprocess.
 print(child.stdout.readline(), end="", flush=True)
 child.wait()
 """
-RANK = "from h3scale.train.stop import _launcher; found = _launcher(); print(found.pid if found else None, flush=True)"
+RANK = "from h3scale.train.stop import find_launcher; found = find_launcher(); print(found.pid if found else None, flush=True)"
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun", "other"])
@@ -86,9 +100,8 @@ def test_the_launcher_is_known_by_its_name_and_only_to_ranks(tmp_path: Path, nam
 
 def test_a_rank_whose_launcher_is_gone_asks_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    monkeypatch.setattr(stop, "_launcher", lambda: psutil.Process(launcher.pid))
     monkeypatch.setattr(stop, "WATCH_S", 0.05)
-    with Asked(tmp_path, 0) as asked:
+    with Asked(tmp_path, 0, psutil.Process(launcher.pid)) as asked:
         assert asked.wish() is Wish.NONE
         launcher.kill()  # not waited for: a zombie is gone as well
         asked.closed.wait(0.5)

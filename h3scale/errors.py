@@ -46,6 +46,10 @@ class OutputError(H3Error):
     exit_code = 73
 
 
+class TakenError(OutputError):
+    """Another run is writing the output."""
+
+
 class StorageError(H3Error):
     """Reading or writing failed underneath (disk full, I/O error)."""
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 EXIT_STATUS = "exit_status.json"
+DONE, DIVERGED = "done", "diverged"  # reasons that are true when the run's folder has its name
 
 
 def run_folder_of(out: str | Path) -> Path:
@@ -23,21 +25,33 @@ def write_exit_status(folder: Path, exit_code: int, reason: str, step: int, step
 
 
 def read_exit_status(out: str | Path) -> dict[str, Any] | None:
-    """How this attempt at a run ended (the same Slurm job and restart); None where no such file is there."""
-    for folder in (run_folder_of(out), Path(out)):
-        try:
-            status = json.loads((folder / EXIT_STATUS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(status, dict) and {k: status.get(k) for k in this_attempt()} == this_attempt() and "exit_code" in status:
-            return status
-    return None
+    """How this attempt at a run ended (the same Slurm job and restart); None where no such file is there.
+
+    While there is a run's folder, what `out` says is of another run.
+    """
+    unnamed = run_folder_of(out).is_dir()
+    try:
+        status = json.loads(((run_folder_of(out) if unnamed else Path(out)) / EXIT_STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(status, dict) or not {"exit_code", "reason"} <= status.keys():
+        return None
+    if unnamed and status["reason"] in (DONE, DIVERGED):
+        return None
+    return status if {name: status.get(name) for name in this_attempt()} == this_attempt() else None
+
+
+def checkpoints_in(run_folder: Path, *kinds: str) -> dict[Path, int]:
+    """The folders of checkpoints (`step-K`, `resume-K` or one of these) that are whole, and the steps; the newest first."""
+    names = re.compile(rf"(?:{'|'.join(kinds or ('step', 'resume'))})-(\d+)")
+    found = {path.parent: names.fullmatch(path.parent.name) for path in run_folder.glob("*/manifest.json")}
+    steps = {path: int(match[1]) for path, match in found.items() if match}
+    return dict(sorted(steps.items(), key=lambda item: item[1], reverse=True))
 
 
 def kept_step(out: str | Path) -> int:
     """The newest step that is saved of a run which has not ended; 0 for none."""
-    marks = [path for kind in ("step", "resume") for path in run_folder_of(out).glob(f"{kind}-*/manifest.json")]
-    return max((int(path.parent.name.split("-")[1]) for path in marks), default=0)
+    return next(iter(checkpoints_in(run_folder_of(out)).values()), 0)
 
 
 def this_attempt() -> dict[str, Any]:

@@ -5,12 +5,13 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from typing import Any
 
 from h3scale import log
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.config.tiny import TINY
-from h3scale.errors import H3Error, PeerLostError, StoppedError, UsageError
+from h3scale.errors import H3Error, PeerLostError, StoppedError, TakenError, UsageError
 from h3scale.exit_status import kept_step, read_exit_status, run_folder_of, write_exit_status
 
 OPTIONS = {"--force": "force", "--from-scratch": "from_scratch", "--allow-change": "allow_change"}
@@ -24,16 +25,18 @@ def main(arguments: list[str]) -> int:
     words = [a for a in arguments if not a.startswith("--local_rank")]
     options = {a for a in words if a.startswith("--")}
     recipe: TrainRecipe | None = None
+    stale: dict[str, Any] | None = None
     try:
         given = [a for a in words if not a.startswith("--")]
         if not given or options - {*OPTIONS, "--debug"}:
             raise UsageError(USAGE)
         recipe = _recipe(given[0], given[1:])
+        stale = read_exit_status(recipe.out)
         from h3scale.train.loop import Options, train
 
         out = train(recipe, given[0], Options(**{name: option in options for option, name in OPTIONS.items()}))
     except Exception as error:
-        return _failed(error, recipe, "--debug" in options)
+        return _failed(error, recipe, stale, "--debug" in options)
     _leave()
     if log.RANK == 0:
         print(f"result: {out}")
@@ -44,8 +47,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _failed(error: Exception, recipe: TrainRecipe | None, debug: bool) -> int:
-    """Says what ended the run, to people and in its folder; the exit code."""
+def _failed(error: Exception, recipe: TrainRecipe | None, stale: dict[str, Any] | None, debug: bool) -> int:
+    """Says what ended the run, to people and in its folder (`stale`: what that said before); the exit code."""
     if isinstance(error, StoppedError):
         if log.RANK == 0:
             print(f"stopped: {error}")
@@ -57,20 +60,22 @@ def _failed(error: Exception, recipe: TrainRecipe | None, debug: bool) -> int:
             traceback.print_exc()
         for finding in error.findings:
             print(f"error: {finding}", file=sys.stderr)
-        return _told(recipe, error.exit_code, error.findings[0])
+        if isinstance(error, TakenError):
+            return error.exit_code  # the folder is another run's, which says there how it ends
+        return _told(recipe, stale, error.exit_code, error.findings[0])
     if _peer_lost(error):
         reason = f"rank {log.RANK}: the other ranks do not answer ({str(error).splitlines()[0]})"
         print(f"error: {reason}", file=sys.stderr)
-        return _told(recipe, PeerLostError.exit_code, reason)
+        return _told(recipe, stale, PeerLostError.exit_code, reason)
     traceback.print_exc()  # our bug: the traceback, and the exit code that says so
-    return _told(recipe, 70, f"rank {log.RANK}: {type(error).__name__}: {error}")
+    return _told(recipe, stale, 70, f"rank {log.RANK}: {type(error).__name__}: {error}")
 
 
-def _told(recipe: TrainRecipe | None, exit_code: int, reason: str) -> int:
+def _told(recipe: TrainRecipe | None, stale: dict[str, Any] | None, exit_code: int, reason: str) -> int:
     """The exit code, written down where the run has a folder: launchers lose it. That a peer was lost is said last."""
     if recipe and run_folder_of(recipe.out).is_dir():
         before = read_exit_status(recipe.out)
-        if before is None or before["exit_code"] == PeerLostError.exit_code != exit_code:
+        if before is None or before == stale or before["exit_code"] == PeerLostError.exit_code != exit_code:
             with suppress(OSError):  # the disk may be why
                 write_exit_status(run_folder_of(recipe.out), exit_code, reason, kept_step(recipe.out), recipe.steps)
     return exit_code

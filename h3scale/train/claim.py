@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from h3scale.errors import OutputError
+from h3scale.errors import OutputError, TakenError
 
 REFRESH_S = 30.0
 SILENT_S = 600.0  # a run on another machine that has said nothing for so long has ended
@@ -32,7 +32,7 @@ class Claim:
         self.held = False
 
     def take(self) -> None:
-        """OutputError (73) where another run has it; what a run has left that was killed is taken over."""
+        """TakenError (73) where another run has it; what a run has left that was killed is taken over."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._made() and not (self._freed() and self._made()):
@@ -76,10 +76,10 @@ class Claim:
         aside.unlink()
         return True
 
-    def _refused(self, holder: dict[str, Any]) -> OutputError:
+    def _refused(self, holder: dict[str, Any]) -> TakenError:
         job = f", job {holder['job']}" if holder.get("job") else ""
         who = f"process {holder['pid']} on {holder['host']}{job}" if "pid" in holder else "another process"
-        return OutputError(
+        return TakenError(
             f"{self.out}: a run is writing it ({who}; works: another out, or end that run; "
             f"one that was killed on another machine counts as running for {SILENT_S / 60:.0f} minutes)"
         )

@@ -20,7 +20,7 @@ from h3scale.checkpoint.shards import check_output, read_json, sync
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.errors import DivergedError, OutputError
-from h3scale.exit_status import write_exit_status
+from h3scale.exit_status import DIVERGED, DONE, checkpoints_in, write_exit_status
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
 from h3scale.train.dry_run import out_of_memory_told
@@ -59,13 +59,15 @@ class Keeper:
         self.states: set[int] = set()
         self.models: set[int] = set()
 
-    def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Goes on after `step` steps, from the `kept` of that checkpoint's manifest."""
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on from the `kept` of a checkpoint's manifest, with what is there."""
         self.best_step, self.best_nll = state["best_step"], math.inf if state["best_nll"] is None else state["best_nll"]
-        self.states = {step}
-        self.models = {self.best_step} | (self.states if self.run.zero_stage == 3 else set())
-        if self.run.rank == 0:
+
+        def there() -> tuple[set[int], set[int]]:
             self._tidy()
+            return set(self._states_there()), set(self._models_there())
+
+        self.states, self.models = by_rank_0(there, f"look into {self.run_folder}")
 
     def take(self, step: int, nll: float) -> None:
         """The model after `step` steps has this mean held-out NLL: kept if it is the best so far, and the one before is not."""
@@ -96,7 +98,7 @@ class Keeper:
                 logger.info("kept: step %d, held-out lm %.4f; the last step, %d, is beside it", kept, self.best_nll, steps)
         if steps not in self.models:
             self._write(steps, {"best": False} if self.keeps_best else {})
-        self._note("done", 0, kept)
+        self._note(DONE, 0, kept)
         keep = {kept, steps}
         if self.run.zero_stage == 3:
             self._name(lambda: self._leave_only(keep))
@@ -107,11 +109,11 @@ class Keeper:
     def finish_diverged(self, step: int) -> Path:
         """As `finish`, for a run that stops after `step` good steps: they are in the name and the manifest of what it leaves."""
         if step not in self.models:
-            self._write(step, {"ended": "diverged"} | ({"best": False} if self.keeps_best else {}))
+            self._write(step, {"ended": DIVERGED} | ({"best": False} if self.keeps_best else {}))
         elif self.run.zero_stage == 3 and self.run.rank == 0:
             with writing(self.run_folder):
-                add_to_manifest(self._folder(step), {"ended": "diverged"})
-        self._note("diverged", DivergedError.exit_code, step)
+                add_to_manifest(self._folder(step), {"ended": DIVERGED})
+        self._note(DIVERGED, DivergedError.exit_code, step)
         self._name(lambda: self._leave_only({step, self.best_step}))
         return self.out / self._folder(step).name
 
@@ -144,17 +146,23 @@ class Keeper:
 
         What an older checkpoint takes for the best one stays as long as the checkpoint.
         """
-        states = sorted(path.parent for path in self.run_folder.glob(f"{self.state_folder(0).name.split('-')[0]}-*/{MANIFEST}"))
-        of = {int(path.name.split("-")[1]): path for path in states}
-        newest = sorted(of)[-self.recipe.save.keep :]
-        best = {read_json(of[step] / MANIFEST)["kept"]["best_step"] for step in newest} | {self.best_step}
-        for step, path in of.items():
-            if step not in newest and not (self.run.zero_stage == 3 and step in best):
+        with writing(self.run_folder):
+            of = self._states_there()
+            newest = list(of)[: self.recipe.save.keep]
+            best = {read_json(of[step] / MANIFEST)["kept"]["best_step"] for step in newest} | {self.best_step}
+            kept = {of[step] for step in newest} | {self._folder(step) for step in best}
+            for path in {*of.values(), *self._models_there().values()} - kept:
                 _delete(path)
-        if self.run.zero_stage < 3:
-            for path in self.run_folder.glob("step-*"):
-                if int(path.name.removeprefix("step-")) not in best:
-                    _delete(path)
+
+    def _states_there(self) -> dict[int, Path]:
+        """By its step each checkpoint on disk that a run can go on from, the newest first."""
+        kind = self.state_folder(0).name.split("-")[0]
+        return {step: path for path, step in checkpoints_in(self.run_folder, kind).items()}
+
+    def _models_there(self) -> dict[int, Path]:
+        if self.run.zero_stage == 3:
+            return self._states_there()
+        return {int(path.name[5:]): path for path in self.run_folder.glob("step-*") if path.name[5:].isdecimal()}
 
     def _leave_only(self, steps: set[int]) -> None:
         """Deletes all checkpoints but those of these steps. For one rank only."""

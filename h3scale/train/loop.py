@@ -130,7 +130,7 @@ def go_on(t: Training, newest: Path, manifest: dict[str, Any]) -> None:
     """Makes everything what it was at a checkpoint."""
     t.memory.resume(load(t.run, newest))
     t.skips.resume(manifest["progress"]["skips"])
-    t.keeper.resume(t.first_step, manifest["kept"])
+    t.keeper.resume(manifest["kept"])
     if t.metrics.watch:
         t.metrics.watch.resume(manifest["progress"]["watch"])
     if t.run.rank == 0:

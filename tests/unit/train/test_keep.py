@@ -11,6 +11,7 @@ import torch
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError, OutputError
+from h3scale.exit_status import read_exit_status
 from h3scale.train import keep
 from h3scale.train.keep import Keeper
 
@@ -80,12 +81,38 @@ def test_a_run_that_goes_on_knows_its_best_and_writes_nothing_twice(one_rank: No
     kept = keeper(tmp_path, keep_best=True)
     kept.take(2, 1.5)
     again = Written(kept.recipe, kept.run, kept.loader, kept.run_folder, kept.out, False, {}, lambda: ({}, {}))
-    again.resume(2, {"best_step": 2, "best_nll": 1.5})
+    again.resume({"best_step": 2, "best_nll": 1.5})
     again.take(3, 1.6)
     assert again.best_step == 2
     before = (kept.run_folder / "step-000002" / "manifest.json").stat().st_mtime_ns
     again.save(2)
     assert (kept.run_folder / "step-000002" / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_run_that_goes_on_knows_all_that_is_there(one_rank: None, tmp_path: Path, zero_stage: int) -> None:
+    kept = keeper(tmp_path, zero_stage=zero_stage)
+    for step in (1, 2):
+        kept.save(step)
+    kept._put(kept.run_folder / "step-000001.copy", "manifest.json", "{}")  # somebody's own
+    again = Written(kept.recipe, kept.run, kept.loader, kept.run_folder, kept.out, False, {}, lambda: ({}, {}))
+    again.resume({"best_step": 0, "best_nll": None})
+    assert again.states == {1, 2}  # a run that diverges writes step 1 where it is not there, and renames onto it where it is
+    assert again.models == ({1, 2} if zero_stage == 3 else set())
+    assert (kept.run_folder / "step-000001.copy").is_dir()
+
+
+def test_a_run_has_not_ended_before_its_folder_has_its_name(one_rank: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path)
+    (tmp_path / "x").write_text("in the way")
+    with pytest.raises(OutputError):
+        kept.finish()
+    assert read_exit_status(tmp_path / "x") is None
+    (tmp_path / "x").unlink()
+    kept.finish()
+    status = read_exit_status(tmp_path / "x")
+    assert status is not None
+    assert (status["exit_code"], status["reason"]) == (0, "done")
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])

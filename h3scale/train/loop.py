@@ -14,7 +14,7 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder
 from h3scale.errors import DivergedError, StoppedError, UnsafeError
-from h3scale.exit_status import run_folder_of, this_attempt, write_exit_status
+from h3scale.exit_status import run_folder_of, write_exit_status
 from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, attended_pairs
 from h3scale.model.router import membership_AE
@@ -52,7 +52,7 @@ class Options:
 
 @dataclass
 class Training:
-    """What takes part in a run, and `held_out` if it has any. `first_step`: how many it had taken when it went on."""
+    """What takes part in a run, and `held_out` if it has any. `first_step`: how many it had taken when it went on (`resumed`)."""
 
     recipe: TrainRecipe
     run: Run
@@ -64,6 +64,7 @@ class Training:
     keeper: Keeper
     held_out: HeldOut | None
     first_step: int
+    resumed: bool
 
 
 def train(recipe: TrainRecipe, where: str, options: Options = Options()) -> Path:
@@ -101,7 +102,7 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, c
     by_rank_0(claim.take, f"claim {recipe.out}")
     loader = make_loader(recipe, run)
     held_out = make_held_out(recipe, run, loader)
-    newest = open_run_folder(run, run_folder, options.from_scratch and not this_attempt()["restart"])
+    newest = open_run_folder(run, run_folder, options.from_scratch)
     by_rank_0(lambda: check_space(recipe, run, run_folder), f"look at the room for {recipe.out}")
     log_file.open(run_folder / "logs" / f"rank-{run.rank}.log")
     memory = make_loss_memory(recipe, run)
@@ -113,14 +114,14 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, c
         check_topology(run, newest)
         check_same(newest, identity, options.allow_change)
         check_order(newest, loader, options.allow_change)
-    metrics, flops = make_metrics(recipe, run, loader, run_folder, manifest["step"])
+    metrics, flops = make_metrics(recipe, run, loader, run_folder, manifest["step"] if newest else None)
     skips = Skips(recipe.guards.max_skipped_in_a_row, run_folder / "skipped.jsonl")
 
     def progress() -> Progress:
         return {"skips": skips.state(), "watch": metrics.watch.state() if metrics.watch else None}, memory.state()
 
     keeper = Keeper(recipe, run, loader, run_folder, Path(recipe.out), options.force, identity, progress)
-    training = Training(recipe, run, loader, metrics, flops, memory, skips, keeper, held_out, manifest["step"])
+    training = Training(recipe, run, loader, metrics, flops, memory, skips, keeper, held_out, manifest["step"], bool(newest))
     if newest:
         go_on(training, newest, manifest)
     return training
@@ -147,7 +148,7 @@ def steps_of_run(t: Training, asked: Asked) -> None:
     """
     recipe, run, loader = t.recipe, t.run, t.loader
     run.engine.train()
-    if recipe.evaluation and recipe.evaluation.at_start and not t.first_step:
+    if recipe.evaluation and recipe.evaluation.at_start and not t.resumed:
         evaluate(t, 0)
     t.metrics.start()
     with timed_all_to_all(t.metrics.clock), out_of_memory_told(recipe, run, "training"):
@@ -261,10 +262,11 @@ def evaluate(t: Training, step: int) -> None:
 
 def diverged(t: Training) -> DivergedError:
     """Saves what there was before the steps that were not finite; the error that says so."""
-    good, skips = t.skips.last_good, t.skips
+    good, many, skips = t.skips.last_good, t.skips.in_a_row, t.skips
+    skips.resume({"total": skips.total - many, "in_a_row": 0, "last_good": good})  # what is kept is the run before them
     kept = t.keeper.finish_diverged(good)
     return DivergedError(
-        f"step {good + skips.in_a_row} of {t.recipe.steps}: {skips.in_a_row} steps in a row were not finite; the model after step "
+        f"step {good + many} of {t.recipe.steps}: {many} steps in a row were not finite; the model after step "
         f"{good} is in {kept}, the records are in {kept.parent / skips.path.name} (works: a lower optimizer.learning_rate than "
         f"{t.recipe.optimizer.learning_rate:g}, a longer optimizer.warmup_share, or without those records)"
     )

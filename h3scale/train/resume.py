@@ -6,6 +6,7 @@ On as many ranks, the same ep_size and ZeRO stage, a run that goes on gives the 
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +23,12 @@ from h3scale.config.deepspeed import read_deepspeed
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.errors import ConfigError, DataError, H3Error, OutputError
-from h3scale.exit_status import EXIT_STATUS
+from h3scale.exit_status import EXIT_STATUS, checkpoints_in, this_attempt
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
+from h3scale.train.run_facts import FACTS
 
-STATE = "step-*"  # folders of checkpoints that a run can go on from; see Keeper.state_folder
-DENSE_STATE = "resume-*"
 LIBRARIES = ("h3scale", "torch", "deepspeed", "transformers")
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file
 # What may change without anybody being asked: it changes neither the order of the records nor the losses.
@@ -90,6 +90,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
     """ConfigError (78) where the run has changed since it was saved; with `allow_change` the changes are told, and taken."""
     found = changes(read_json(path / MANIFEST)["identity"], now)
+    if now["recipe"]["steps"] < read_json(path / MANIFEST)["step"]:
+        raise ConfigError(
+            f"{path}: has more than the {now['recipe']['steps']} steps of the recipe (works: steps as before, or more)"
+        )
     if not found:
         return
     shown = found[:SHOWN] + ([f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
@@ -157,7 +161,7 @@ def trim(path: Path, step: int) -> None:
                     break
             except ValueError:  # the run was killed while it wrote
                 break
-            kept.write(line)
+            kept.write(line if line.endswith("\n") else f"{line}\n")  # or the next line would be in this one
     partial.replace(path)
 
 
@@ -167,14 +171,24 @@ def _rank_state(path: Path, rank: int) -> Path:
 
 def _candidates(run_folder: Path, from_scratch: bool) -> list[Path]:
     """Checkpoints with a manifest, the newest first. For one rank only."""
-    if from_scratch:
+    if from_scratch and not _begun_by_this_job(run_folder):
         return []
-    marks = [path for kind in (STATE, DENSE_STATE) for path in run_folder.glob(f"{kind}/{MANIFEST}")]
-    found = sorted((path.parent for path in marks), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    other = next((path.parent for path in sorted(run_folder.glob("**/config.json")) if path.parent.name != "model"), None)
+    found = list(checkpoints_in(run_folder))
+    models = (path.parent for path in sorted(run_folder.glob("**/config.json")) if path.parent.name != "model")
+    other = next(
+        (path for path in models if not path.relative_to(run_folder).as_posix().startswith((".partial-", ".trash-"))), None
+    )
     if other and not found:
         raise OutputError(f"{other}: left by a run that did not end (move it away, or --from-scratch to delete it)")
     return found
+
+
+def _begun_by_this_job(run_folder: Path) -> bool:
+    """Whether Slurm has started a job again that has begun the run: --from-scratch has been done."""
+    attempt = this_attempt()
+    if not attempt["restart"] or not (run_folder / FACTS).is_file():
+        return False
+    return bool(read_json(run_folder / FACTS).get("begun_by_job") == attempt["job"])
 
 
 def _damage(run: Run, path: Path) -> list[str]:
@@ -183,6 +197,8 @@ def _damage(run: Run, path: Path) -> list[str]:
         mine = find_checkpoint(path).check_hashes(run.rank, run.world_size)
     except H3Error as error:
         mine = error.findings
+    except OSError as error:  # what cannot be read is as good as broken, and the other ranks are waiting
+        mine = [f"{error.filename or path}: {error.strerror}"]
     gathered: list[Any] = [None] * run.world_size
     dist.all_gather_object(gathered, mine)
     return sorted({finding for part in gathered for finding in part})
@@ -192,8 +208,11 @@ def _set_aside(damaged: list[Path], findings: list[str]) -> None:
     for finding in findings:
         logger.warning("%s", finding)
     for path in damaged:
-        path.rename(path.with_name(f".damaged-{path.name}"))
-        logger.warning("%s is damaged, and now called .damaged-%s: the run goes on from an older one", path, path.name)
+        aside = path.with_name(f".damaged-{path.name}")
+        if aside.exists():  # where a disk goes bad, the same step may be damaged again
+            aside = path.with_name(f"{aside.name}-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        logger.warning("%s is damaged, and now called %s: the run goes on from an older one", path, aside.name)
 
 
 def _empty(run_folder: Path) -> None:
@@ -208,7 +227,7 @@ def _empty(run_folder: Path) -> None:
 def tidy_up(run_folder: Path) -> None:
     """Removes what an interrupted run has begun and not finished, and how it ended. For one rank only."""
     (run_folder / EXIT_STATUS).unlink(missing_ok=True)
-    for path in run_folder.glob(".partial-*"):
+    for path in [*run_folder.glob(".partial-*"), *run_folder.glob(".trash-*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 

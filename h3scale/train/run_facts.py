@@ -7,6 +7,7 @@ from typing import Any
 from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
+from h3scale.exit_status import this_attempt
 from h3scale.model.flops import Flops, active_parameters, training_flops
 from h3scale.train.engine import Run
 from h3scale.train.live import open_view
@@ -19,8 +20,14 @@ from h3scale.train.watch import Watch
 FACTS = "run.json"
 
 
-def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path, first_step: int) -> tuple[Metrics, Flops]:
-    """Where the figures go, and what a token costs. `run.json` says what they are measured by, and which run it is."""
+def make_metrics(
+    recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder: Path, resumed_after: int | None = None
+) -> tuple[Metrics, Flops]:
+    """Where the figures go, and what a token costs. `run.json` says what they are measured by, and which run it is.
+
+    `resumed_after`: steps of a run that goes on.
+    """
+    first_step = resumed_after or 0
     experts = run.expert_map.names() if run.expert_map else []
     alignment_of = dict(zip(experts, run.expert_map.experts, strict=True)) if run.expert_map else {}
     flops = training_flops(run.config, recipe.trainable, recipe.lora.targets if recipe.lora else ())
@@ -38,8 +45,9 @@ def make_metrics(recipe: TrainRecipe, run: Run, loader: TypedLoader, run_folder:
             "model_bytes": model_bytes(recipe, run),
         }
         path = run_folder / FACTS
-        before: dict[str, Any] = read_json(path) if path.is_file() else {"run_id": uuid.uuid4().hex[:8], "resumed_after": []}
-        facts = before | facts | {"resumed_after": [*before["resumed_after"], *([first_step] if first_step else [])]}
+        begun = {"run_id": uuid.uuid4().hex[:8], "begun_by_job": this_attempt()["job"], "resumed_after": []}
+        before: dict[str, Any] = read_json(path) if path.is_file() else begun
+        facts = before | facts | {"resumed_after": [*before["resumed_after"], *([] if resumed_after is None else [resumed_after])]}
         with writing(run_folder):
             write_json(path, facts)
         notes = [f"MFU is of {peak}, ranks: {run.world_size}"]

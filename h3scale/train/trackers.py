@@ -55,9 +55,8 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         self.writer = EventsWriter(str(folder / "events"))
         self.flushed = 0.0
-        if first_step:  # what came after it in earlier files is hidden
-            start = SessionLog(status=SessionLog.START)
-            self.writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+        start = SessionLog(status=SessionLog.START)  # hides what is of this step or a later one in earlier files
+        self.writer.write_event(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
         self._write(first_step, text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```"))
 
     def write(self, step: int, line: Line) -> None:

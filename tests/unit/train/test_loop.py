@@ -23,7 +23,7 @@ from h3scale.train.stop import Asked
 def training(metrics: Metrics, recipe: TrainRecipe) -> Any:
     engine = SimpleNamespace(device=torch.device("cpu"), zero_offload_optimizer=lambda: None, train=lambda: None)
     run = SimpleNamespace(rank=0, engine=engine, expert_map=None, world_size=1, ep_size=1, zero_stage=3)
-    return SimpleNamespace(recipe=recipe, run=run, held_out=True, loader=None, metrics=metrics, first_step=0)
+    return SimpleNamespace(recipe=recipe, run=run, held_out=True, loader=None, metrics=metrics, first_step=0, resumed=False)
 
 
 def test_memory_that_runs_out_in_the_evaluation_before_the_first_step_is_one_line(
@@ -67,3 +67,15 @@ def test_a_signal_during_the_last_save_does_not_end_it(tmp_path: Path, monkeypat
         assert loop.train(recipe, "recipe.yaml") == tmp_path / "x"
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_run_that_goes_on_after_step_0_does_not_score_its_start_twice(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["evaluation={records: [heldout.jsonl], every: 1, at_start: true}"]
+    recipe = load_recipe(TrainRecipe, "recipes/demo/train.yaml", words).model_copy(update={"steps": 0})
+    scored: list[int] = []
+    monkeypatch.setattr(loop, "evaluate", lambda _, step: scored.append(step))
+    for resumed in (False, True):
+        t = training(Metrics(Path("never"), [], torch.device("cpu")), recipe)
+        t.resumed = resumed
+        loop.steps_of_run(t, Asked(Path("never"), 0))
+    assert scored == [0]

@@ -1,8 +1,10 @@
 """Whether a run is still the one that was saved, and what is cut off its files when it goes on."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
-from h3scale.train.resume import changes, fingerprint, identity_of, trim
+from h3scale.errors import ConfigError, DataError, OutputError
+from h3scale.train.resume import changes, check_same, fingerprint, identity_of, open_run_folder, tidy_up, trim
 from tests.tiny import tiny_llama
 
 RECIPE = "recipes/demo/train.yaml"
@@ -65,5 +68,76 @@ def test_lines_after_the_step_are_cut_off_and_a_torn_one(tmp_path: Path) -> None
     path.write_text("".join(whole[:2]) + '{"step": 2, "l')
     trim(path, 5)
     assert path.read_text() == "".join(whole[:2])
+    path.write_text("".join(whole[:2]).rstrip())  # torn before the end of the line: the next one must not be appended to it
+    trim(path, 5)
+    assert path.read_text() == "".join(whole[:2])
     trim(tmp_path / "missing.jsonl", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+ALONE: Any = SimpleNamespace(rank=0, world_size=1)
+
+
+def checkpoint(run_folder: Path, name: str, text: str = "weights") -> Path:
+    """A folder with one file, which is damaged unless its text is "weights"."""
+    folder = run_folder / name
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+    entry = {"size": len(text), "sha256": hashlib.sha256(b"weights").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({"step": int(name[-6:]), "files": {"file": entry}}))
+    return folder
+
+
+def test_the_same_step_may_be_damaged_twice(one_rank: None, tmp_path: Path) -> None:
+    first = checkpoint(tmp_path, "step-000001")
+    for _ in range(2):
+        checkpoint(tmp_path, "step-000002", "WEIGHTS")
+        assert open_run_folder(ALONE, tmp_path, False) == first
+    assert len(list(tmp_path.glob(".damaged-step-000002*"))) == 2
+
+
+def test_a_file_that_cannot_be_read_is_damage(one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Path) -> str:
+        raise OSError(5, "Input/output error", "file")
+
+    checkpoint(tmp_path, "resume-000001")
+    monkeypatch.setattr("h3scale.checkpoint.consolidate.sha256", broken)
+    with pytest.raises(DataError, match=r"file: Input/output error\n.*no checkpoint in it is whole"):
+        open_run_folder(ALONE, tmp_path, False)
+
+
+@pytest.mark.parametrize("name", [".partial-step-000001-1234abcd", ".trash-step-000001-1234abcd"])
+def test_what_a_killed_run_had_not_finished_or_was_deleting_is_in_nobodys_way(one_rank: None, tmp_path: Path, name: str) -> None:
+    for folder in (tmp_path / "begun" / name, tmp_path / "saved" / name, tmp_path / "left" / name):
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    assert open_run_folder(ALONE, tmp_path / "begun", False) is None
+    tidy_up(tmp_path / "saved")
+    assert [list((tmp_path / where).iterdir()) for where in ("begun", "saved")] == [[], []]
+    (tmp_path / "left" / "step-000002").mkdir()
+    (tmp_path / "left" / "step-000002" / "config.json").touch()
+    with pytest.raises(OutputError, match="step-000002: left by a run that did not end"):
+        open_run_folder(ALONE, tmp_path / "left", False)
+
+
+@pytest.mark.parametrize(
+    ("restart", "begun_by", "stays"), [("0", "17", False), ("1", "17", True), ("1", "16", False), ("1", None, False)]
+)
+def test_from_scratch_is_done_once_in_a_job(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restart: str, begun_by: str | None, stays: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+    there = checkpoint(tmp_path, "step-000001")
+    (tmp_path / "run.json").write_text(json.dumps({"begun_by_job": begun_by}))
+    assert open_run_folder(ALONE, tmp_path, True) == (there if stays else None)
+    assert there.exists() is stays
+
+
+def test_a_run_that_has_taken_more_steps_than_it_is_to_take_is_refused(model: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "step-000009")
+    before = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(before | {"identity": identity(model, "steps=12")}))
+    check_same(path, identity(model, "steps=9"), allow_change=True)
+    with pytest.raises(ConfigError, match="step-000009: has more than the 8 steps of the recipe"):
+        check_same(path, identity(model, "steps=8"), allow_change=True)

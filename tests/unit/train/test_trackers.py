@@ -83,20 +83,38 @@ def test_a_tracker_that_is_not_installed_is_one_warning(
     assert "wandb" in warnings.text
 
 
-def test_tensorboard_files_hold_the_figures(recipe: Any, tmp_path: Path) -> None:
+def events(folder: Path) -> list[Any]:
+    """Those of the one TensorBoard file."""
     from tensorboardX.proto.event_pb2 import Event
 
+    (file,) = (folder / "tensorboard").iterdir()
+    content, place, found = file.read_bytes(), 0, []
+    while place < len(content):  # length, its checksum, event, its checksum
+        (length,) = struct.unpack_from("<Q", content, place)
+        found.append(Event.FromString(content[place + 12 : place + 12 + length]))
+        place += 12 + length + 4
+    return found
+
+
+@pytest.mark.parametrize("first_step", [0, 2])
+def test_a_run_that_goes_on_hides_what_came_after_its_step_and_not_that_step(recipe: Any, tmp_path: Path, first_step: int) -> None:
+    (tracker,) = open_trackers(recipe(), tmp_path, "id", first_step)
+    tracker.close()
+    # TensorBoard hides events of this step and of later ones
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [first_step + 1]
+
+
+def test_tensorboard_files_hold_the_figures(recipe: Any, tmp_path: Path) -> None:
     (tracker,) = open_trackers(recipe(), tmp_path, "id", 0)
     tracker.write(3, LINE)
     tracker.write(4, {**LINE, "step": 4, "lm": 0.5})
     tracker.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, place, found = file.read_bytes(), 0, {}
-    while place < len(content):  # length, its checksum, event, its checksum
-        (length,) = struct.unpack_from("<Q", content, place)
-        event = Event.FromString(content[place + 12 : place + 12 + length])
-        found |= {(event.step, value.tag): value.simple_value for value in event.summary.value if value.HasField("simple_value")}
-        place += 12 + length + 4
+    found = {
+        (e.step, value.tag): value.simple_value
+        for e in events(tmp_path)
+        for value in e.summary.value
+        if value.HasField("simple_value")
+    }
     figures = {name: value for name, value in LINE.items() if name != "step"}
     assert found == {(3, name): value for name, value in figures.items()} | {
         (4, name): value for name, value in {**figures, "lm": 0.5}.items()

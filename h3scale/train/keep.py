@@ -95,7 +95,8 @@ class Keeper:
         if self.best_nll < math.inf:
             kept = self.best_step
             if self.run.rank == 0:
-                logger.info("kept: step %d, held-out lm %.4f; the last step, %d, is beside it", kept, self.best_nll, steps)
+                beside = "" if kept == steps else f"; the last step, {steps}, is beside it"
+                logger.info("kept: step %d, held-out lm %.4f%s", kept, self.best_nll, beside)
         if steps not in self.models:
             self._write(steps, {"best": False} if self.keeps_best else {})
         self._note(DONE, 0, kept)
@@ -180,7 +181,8 @@ class Keeper:
         """Gives the run's folder its name, after what is to be done `first`. What it replaces is deleted when that is done."""
 
         def name() -> Path | None:
-            first()
+            with writing(self.run_folder):
+                first()
             return self._rename()
 
         before = by_rank_0(name, f"give {self.run_folder} its name")

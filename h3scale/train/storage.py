@@ -45,24 +45,30 @@ def _refused(what: object, folder: Path, reason: str) -> StorageError:
 def check_space(recipe: TrainRecipe, run: Run, folder: Path) -> None:
     """OutputError (73) where not even one model fits beside what is there; a warning where those kept at once may not."""
     one, free = model_bytes(recipe, run), shutil.disk_usage(folder).free
-    at_once = 2 if recipe.evaluation and recipe.evaluation.keep_best else 0  # the best and the next best
-    at_once += 1 + (recipe.save.keep if recipe.save.every else 0)  # the last, and those to go on from
+    at_once = one * (3 if recipe.evaluation and recipe.evaluation.keep_best else 1)  # the best, the next best, the last
+    if recipe.save.every:
+        at_once += recipe.save.keep * state_bytes(run)
     if free < one:
         raise OutputError(
             f"{recipe.out}: the model it leaves takes {one / GB:.1f} GB, and {free / GB:.1f} GB are free (works: another place)"
         )
-    if free < at_once * one:
+    if free < at_once:
         logger.warning(
-            "%s: evaluation.keep_best and save have up to %d models of %.1f GB at once, and %.1f GB are free",
-            recipe.out, at_once, one / GB, free / GB,
+            "%s: what evaluation.keep_best and save keep takes up to %.1f GB at once, and %.1f GB are free",
+            recipe.out, at_once / GB, free / GB,
         )  # fmt: skip
 
 
 def model_bytes(recipe: TrainRecipe, run: Run) -> int:
     """What one model that is kept takes on disk, but for a little: a checkpoint of all ranks (ZeRO-3), or a folder in fp32."""
-    if run.zero_stage < 3:
-        shapes = expected_shapes(run.config.to_dict(), Path(recipe.out))
-        return torch.float32.itemsize * sum(prod(shape) for shape in shapes.values())
+    if run.zero_stage == 3:
+        return state_bytes(run)
+    shapes = expected_shapes(run.config.to_dict(), Path(recipe.out))
+    return torch.float32.itemsize * sum(prod(shape) for shape in shapes.values())
+
+
+def state_bytes(run: Run) -> int:
+    """What a checkpoint takes that a run can go on from, likewise."""
     total = 0
     for name, parameter in run.engine.module.named_parameters():
         copies = run.ep_size if group_of(name) == "experts" else 1  # a rank knows its own experts

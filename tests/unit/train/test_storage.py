@@ -69,7 +69,8 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
         (10, False, None, ""),
         (29, True, None, "warning"),
         (30, True, None, ""),
-        (29, False, 5, "warning"),
+        (69, False, 5, "warning"),  # checkpoints to go on from are larger than the model that is left
+        (70, False, 5, ""),
     ],
 )
 def test_room_is_asked_for_before_the_first_step(
@@ -83,6 +84,7 @@ def test_room_is_asked_for_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("h3scale"), "propagate", True)
     monkeypatch.setattr(storage, "model_bytes", lambda *_: 10e9)
+    monkeypatch.setattr(storage, "state_bytes", lambda _: 30e9)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=free * 1e9))
     recipe: Any = SimpleNamespace(
         out="models/x", evaluation=SimpleNamespace(keep_best=keep_best), save=SimpleNamespace(every=every, keep=2)
@@ -93,5 +95,6 @@ def test_room_is_asked_for_before_the_first_step(
             check_space(recipe, run, tmp_path)
     else:
         check_space(recipe, run, tmp_path)
-    said = ["models/x: evaluation.keep_best and save have up to 3 models of 10.0 GB at once, and 29.0 GB are free"]
+    at_once = 70 if every else 30
+    said = [f"models/x: what evaluation.keep_best and save keep takes up to {at_once}.0 GB at once, and {free}.0 GB are free"]
     assert caplog.messages == (said if outcome == "warning" else [])

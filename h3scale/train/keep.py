@@ -61,7 +61,8 @@ class Keeper:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from the `kept` of a checkpoint's manifest, with what is there."""
-        self.best_step, self.best_nll = state["best_step"], math.inf if state["best_nll"] is None else state["best_nll"]
+        if self.keeps_best and state["best_nll"] is not None:  # else keep_best has been turned off, and the last step is the result
+            self.best_step, self.best_nll = state["best_step"], state["best_nll"]
 
         def there() -> tuple[set[int], set[int]]:
             self._tidy()

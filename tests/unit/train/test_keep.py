@@ -89,6 +89,14 @@ def test_a_run_that_goes_on_knows_its_best_and_writes_nothing_twice(one_rank: No
     assert (kept.run_folder / "step-000002" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_run_whose_keep_best_was_turned_off_leaves_its_last_step(one_rank: None, tmp_path: Path) -> None:
+    kept = keeper(tmp_path)
+    kept.save(2)
+    kept.resume({"best_step": 2, "best_nll": 1.5})
+    assert kept.finish() == tmp_path / "x" / f"step-{STEPS:06d}"
+    assert [path.name for path in (tmp_path / "x").glob("step-*")] == [f"step-{STEPS:06d}"]
+
+
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_a_run_that_goes_on_knows_all_that_is_there(one_rank: None, tmp_path: Path, zero_stage: int) -> None:
     kept = keeper(tmp_path, zero_stage=zero_stage)

@@ -97,7 +97,7 @@ def test_the_runs_own_files_are_kept_and_the_terminal_has_our_words_only(
 ) -> None:
     world, done = run
     assert sorted(path.name for path in (world / "out").iterdir()) == [
-        "logs", "metrics.jsonl", "run.json", f"step-{STEPS:06d}", "tensorboard",
+        "exit_status.json", "logs", "metrics.jsonl", "run.json", f"step-{STEPS:06d}", "tensorboard",
     ]  # fmt: skip
     assert [len(list((world / "out" / "tensorboard").iterdir()))] == [1]
     assert sorted(path.name for path in (world / "out" / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]

@@ -43,7 +43,7 @@ signalled=
 # shellcheck disable=SC2329
 pass_on() {
   signalled=$1
-  [[ -z $ranks ]] || scancel --signal="$1" "$SLURM_JOB_ID" || true # to the ranks of all nodes, not to this shell
+  [[ -z $ranks ]] || scancel --signal="$1" "$SLURM_JOB_ID" 2>/dev/null || true # to the ranks of all nodes, not to this shell
 }
 trap 'pass_on USR2' USR2
 trap 'pass_on TERM' TERM
@@ -75,12 +75,16 @@ elif [[ $code == 0 ]]; then
   code=75 # nothing to save yet
 fi
 
+state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null || true)
+if [[ $state != RUNNING ]]; then # cancelled, out of time before the ranks had ended, or a node is lost (Slurm requeues that itself)
+  echo "job $SLURM_JOB_ID: Slurm takes it away; unless it starts again by itself, the same command goes on at its newest step" >&2
+  exit "$code"
+fi
 # Launchers lose exit codes; the run's own exit_status.json has the right one.
 verdict=$(srun "${srun_options[@]}" --nodes=1 --ntasks=1 "${python[@]}" -m h3scale.launch.after --code "$code" "${words[@]}") ||
   verdict="end $code"
 read -r action code <<<"$verdict"
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-if [[ $action == requeue && $state == RUNNING ]]; then # a job that somebody has cancelled is ending already, and stays so
+if [[ $action == requeue ]]; then
   scontrol requeue "$SLURM_JOB_ID" && exit "$code"
   echo "job $SLURM_JOB_ID: Slurm does not requeue it (works: sbatch without --no-requeue); submit it again to go on" >&2
 fi

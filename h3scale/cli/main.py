@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from h3scale import __version__, log
-from h3scale.cli import checkpoint, data, demo, evaluate, fuse, generate, report, train
+from h3scale.cli import checkpoint, data, demo, evaluate, fuse, generate, launch, report, train
 from h3scale.errors import H3Error
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(demo.demo)
 app.add_typer(data.app, name="data")
 app.command()(train.train)
 app.command()(train.align)
+app.command()(launch.launch)
 app.command()(fuse.fuse)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(evaluate.evaluate)

@@ -6,7 +6,6 @@ enough GPUs and a collective that works (69; GPUs 78). Each finding is one line 
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -172,7 +171,7 @@ def _last(text: str) -> str:
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: json.dumps(value)}
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: str(value)}
     return flat
 
 

@@ -27,6 +27,7 @@ VERBS = [
     "data adapters",
     "train",
     "align",
+    "launch",
     "fuse",
     "evaluate",
     "generate",
@@ -101,6 +102,9 @@ def test_help_answers_at_once_and_without_torch() -> None:
         (["train", "recipes/demo/align.yaml", "ranks=1"], 66, "models/base: no such model folder"),
         (["train", "recipes/demo/base.yaml", "ranks=1", "out=."], 77, "out: . holds tokenizer, data/train.jsonl"),
         (["data", "split", "full", "out"], 66, "helpful.jsonl: no such file"),
+        (["launch", "recipes/demo/train.yaml", "--nodes", "3"], 78, "3 nodes x 2 ranks x rows_per_micro_batch = "),
+        (["launch", "recipes/demo/train.yaml", "--hostfile", "hosts"], 2, "--hostfile: no machines are known"),
+        (["launch", "recipes/demo/train.yaml", "--submit", "--print"], 2, "--submit: excludes --print"),
         (["nonsense"], 2, "No such command"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster ends with the session, also when that is ended
     place = Path(tempfile.mkdtemp(prefix="h3s-"))  # a short path: that of a socket ends after a hundred characters
     # nothing that a launcher, or a Slurm around these tests, has left in the environment
     own = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}

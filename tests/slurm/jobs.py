@@ -24,6 +24,9 @@ class Jobs:
         """`sbatch slurm/train.sh` with one rank a node."""
         return self.submit(f"--nodes={nodes}", "--ntasks-per-node=1", *options, SCRIPTS / "train.sh", *words)
 
+    def nodes(self, number: str) -> list[str]:
+        return self.cluster.call("scontrol", "show", "hostnames", self.cluster.job(number)["NodeList"]).stdout.split()
+
     def log(self, number: str) -> str:
         """What the job's script has said."""
         path = self.folder / f"h3scale-{number}.log"

@@ -30,6 +30,6 @@ while IFS=$'\t' read -ra fields; do
     options+=(--dependency="afterok$waits" --kill-on-invalid-dep=yes)
   fi
   numbers[$name]=$(sbatch "${options[@]}" "$here/$script" "${fields[@]:4}")
-  printf '%-10s %-22s %s\n' "${numbers[$name]}" "$name" "${waits:+after ${waits#:}  }"
+  printf '%-10s %-22s%s\n' "${numbers[$name]}" "$name" "${waits:+ after ${waits#:}}"
 done <<<"$plan"
 [[ -n $plan ]] || echo "everything is there already"

@@ -28,7 +28,7 @@ def test_launch_prints_the_command_that_it_submits(jobs: Jobs, world: Path) -> N
     same = ("Command", "NumNodes", "NumTasks", "NtasksPerN:B:S:C", "Requeue", "WorkDir", "JobName")
     first, second = ({key: jobs.cluster.job(number)[key] for key in same} for number in (by_hand, submitted))
     assert first == second
-    assert (first["NumNodes"], first["NumTasks"], first["Requeue"]) == ("2", "2", "1")
+    assert (first["NumNodes"], first["NumTasks"], first["Requeue"]) == ("2-2", "2", "1")
 
 
 def test_what_slurm_refuses_is_one_line(jobs: Jobs, world: Path) -> None:

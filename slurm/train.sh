@@ -81,8 +81,8 @@ if [[ $state != RUNNING ]]; then # cancelled, out of time before the ranks had e
   exit "$code"
 fi
 # Launchers lose exit codes; the run's own exit_status.json has the right one.
-verdict=$(srun "${srun_options[@]}" --nodes=1 --ntasks=1 "${python[@]}" -m h3scale.launch.after --code "$code" "${words[@]}") ||
-  verdict="end $code"
+verdict=$(srun "${srun_options[@]}" --nodes=1 --ntasks=1 "${python[@]}" -m h3scale.launch.after --code "$code" "${words[@]}" |
+  tail -n 1) || verdict="end $code"
 read -r action code <<<"$verdict"
 if [[ $action == requeue ]]; then
   scontrol requeue "$SLURM_JOB_ID" && exit "$code"

@@ -29,12 +29,12 @@ SEEN_S = 10.0  # by which a new file is seen on the other nodes of a shared file
 COLLECTIVE_S = 2 * LIMIT_S  # with the import of torch on all nodes
 
 
-def check(words: Sequence[str], meeting: Meeting, key: str, tasks: int) -> None:
+def check(words: Sequence[str], meeting: Meeting, tasks: int) -> None:
     """Raises the finding of all nodes, on node 0 with its lines, on the others with none: one node speaks.
 
-    `key` is the same on all nodes and of this start alone. `tasks`: ranks a node.
+    `tasks`: ranks a node.
     """
-    facts, mark = look(words, meeting, key)
+    facts, mark = look(words, meeting)
     try:
         verdict = meet(meeting, facts, lambda told: judge(meeting.nodes, told))
     finally:
@@ -47,14 +47,14 @@ def check(words: Sequence[str], meeting: Meeting, key: str, tasks: int) -> None:
     _collective(meeting, tasks)
 
 
-def look(words: Sequence[str], meeting: Meeting, key: str) -> tuple[dict[str, Any], Path | None]:
+def look(words: Sequence[str], meeting: Meeting) -> tuple[dict[str, Any], Path | None]:
     """What this node sees, and the file of node 0 that all shall see. A recipe with a mistake is a fact as well."""
     facts: dict[str, Any] = {"versions": versions()}
     try:
         recipe = load_recipe(TrainRecipe, words[0], list(words[1:]))
         values = recipe.model_dump(mode="json")
         facts["recipe"] = values | {"deepspeed": {recipe.deepspeed: read_deepspeed(recipe.deepspeed)}}
-        mark = Path(recipe.out).absolute().parent / f".preflight-{key}"
+        mark = Path(recipe.out).absolute().parent / f".preflight-{meeting.key}"
         facts |= _place(recipe, mark, meeting.index == 0)
     except H3Error as error:
         return facts | {"error": error.findings, "code": error.exit_code}, None
@@ -190,10 +190,10 @@ def main(arguments: list[str], environment: Mapping[str, str]) -> int:
         index=int(environment["SLURM_PROCID"]),
         host=environment["MASTER_ADDR"],
         port=int(environment["MASTER_PORT"]),
+        key=f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT') or 0}",
     )
-    key = f"{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT') or 0}"
     try:
-        check(words, meeting, key, int(environment["H3SCALE_TASKS_PER_NODE"]))
+        check(words, meeting, int(environment["H3SCALE_TASKS_PER_NODE"]))
     except H3Error as error:
         for finding in error.findings:
             print(f"error: preflight: {finding}", file=sys.stderr)

@@ -16,12 +16,16 @@ CALL_S = 5.0  # one attempt to reach the first node
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the nodes meet. `nodes` are their names, `index` is this one's place among them; node 0 listens."""
+    """Where the nodes meet. `nodes` are their names, `index` is this one's place among them; node 0 listens.
+
+    `key` is of this start of this job alone: another one on the same machine may have the same port.
+    """
 
     nodes: tuple[str, ...]
     index: int
     host: str
     port: int
+    key: str
     limit_s: float = LIMIT_S
 
     @property
@@ -50,16 +54,16 @@ def _listen(meeting: Meeting, facts: Mapping[str, Any], judge: Judge) -> dict[st
             try:
                 caller = stack.enter_context(door.accept()[0])
                 caller.settimeout(CALL_S)
-                index, theirs = _receive(caller)
+                index, theirs = _known(meeting, _receive(caller))
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue  # somebody who called and said nothing
                 missing = [name for index, name in enumerate(meeting.nodes) if index not in told]
                 raise PeerLostError(
-                    f"{', '.join(missing)}: has not called {meeting.place} within {meeting.limit_s:.0f} s "
+                    f"{', '.join(missing)}: did not call {meeting.place} within {meeting.limit_s:.0f} s "
                     "(works: a network on which the nodes reach each other, or a job without that node: --exclude)"
                 ) from None
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError):
                 continue  # not one of ours
             told[index] = theirs
             callers.append(caller)
@@ -84,7 +88,7 @@ def _call(meeting: Meeting, facts: Mapping[str, Any]) -> dict[str, Any]:
     while True:
         try:
             with socket.create_connection((meeting.host, meeting.port), timeout=CALL_S) as line:
-                line.sendall(json.dumps([meeting.index, facts]).encode() + b"\n")
+                line.sendall(json.dumps([meeting.key, meeting.index, facts]).encode() + b"\n")
                 line.settimeout(meeting.limit_s)  # until the last node has called
                 verdict = _receive(line)
                 assert isinstance(verdict, dict)
@@ -96,6 +100,14 @@ def _call(meeting: Meeting, facts: Mapping[str, Any]) -> dict[str, Any]:
                     f"{own}: {meeting.place} does not answer ({why}; works: a network on which the nodes reach each other)"
                 ) from None
             time.sleep(0.2)
+
+
+def _known(meeting: Meeting, words: Any) -> tuple[int, dict[str, Any]]:
+    """A node's place and facts; ValueError for the words of anybody else."""
+    match words:
+        case [meeting.key, int(index), dict(facts)] if index in range(1, len(meeting.nodes)):
+            return index, facts
+    raise ValueError(f"not a node of this job: {words}")
 
 
 def _receive(line: socket.socket) -> Any:

@@ -26,7 +26,7 @@ def together(nodes: tuple[str, ...], present: int, limit_s: float) -> dict[str, 
     port, ends = free_port(), {}
 
     def one(index: int) -> None:
-        meeting = Meeting(nodes, index, "127.0.0.1", port, limit_s)
+        meeting = Meeting(nodes, index, "127.0.0.1", port, "17-0", limit_s)
         try:
             ends[nodes[index]] = meet(meeting, {"name": nodes[index]}, lambda facts: {"all": [fact["name"] for fact in facts]})
         except H3Error as error:
@@ -47,17 +47,35 @@ def test_every_node_hears_what_was_judged_of_all() -> None:
 def test_a_node_that_does_not_come_is_named() -> None:
     error = together(NODES, 2, 1.0)["n0"]
     assert isinstance(error, PeerLostError)
-    assert str(error).startswith("n2: has not called n0 (127.0.0.1:")
+    assert str(error).startswith("n2: did not call n0 (127.0.0.1:")
+
+
+def test_a_node_of_another_job_is_not_taken_for_one_of_this() -> None:
+    port = free_port()
+    ends: list[object] = []
+
+    def listen() -> None:
+        try:
+            meet(Meeting(("n0", "n1"), 0, "127.0.0.1", port, "17-0", 2.0), {}, lambda facts: {})
+        except PeerLostError as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    with pytest.raises(PeerLostError):
+        meet(Meeting(("m0", "m1"), 1, "127.0.0.1", port, "18-0", 1.0), {}, lambda facts: {})
+    thread.join()
+    assert len(ends) == 1
 
 
 def test_a_first_node_that_does_not_answer_is_named_with_host_and_port() -> None:
     with pytest.raises(PeerLostError, match=r"^n1: n0 \(127.0.0.1:1\) does not answer \(Connection refused"):
-        meet(Meeting(NODES, 1, "127.0.0.1", 1, 0.5), {}, lambda facts: {})
+        meet(Meeting(NODES, 1, "127.0.0.1", 1, "17-0", 0.5), {}, lambda facts: {})
 
 
 def test_a_port_that_somebody_has_is_named() -> None:
     with socket.create_server(("", 0)) as other, pytest.raises(PeerLostError, match=r"^n0: port \d+: Address already in use"):
-        meet(Meeting(NODES, 0, "127.0.0.1", other.getsockname()[1], 0.5), {}, lambda facts: {})
+        meet(Meeting(NODES, 0, "127.0.0.1", other.getsockname()[1], "17-0", 0.5), {}, lambda facts: {})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +104,20 @@ def test_what_all_nodes_find_is_said_once() -> None:
 
 def test_nodes_of_one_machine_see_the_same(tmp_path: Path) -> None:
     words = ["recipes/demo/base.yaml", f"out={tmp_path / 'models' / 'base'}"]
-    seen = [look(words, Meeting(("n0", "n1"), index, "", 0), "key")[0] for index in (0, 1)]
+    seen = [look(words, Meeting(("n0", "n1"), index, "", 0, "17-0"))[0] for index in (0, 1)]
     assert judge(("n0", "n1"), seen) == {"code": 0, "findings": []}
     assert seen[0]["versions"].keys() == {"python", "torch", "deepspeed", "transformers", "h3scale"}
     assert "missing" not in versions().values()
+
+
+def test_a_node_with_fewer_gpus_than_tasks_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from h3scale.launch import collective
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "0")
+    assert collective.main(0, 8, ["n0"]) == 78
+    assert capsys.readouterr().err.startswith("error: n0: 4 GPUs for 8 tasks (works: --gpus-per-node=8")

@@ -24,11 +24,6 @@ python=() srun_options=()
 [[ ${#python[@]} -gt 0 ]] || python=("${PYTHON:-python}")
 
 restart=${SLURM_RESTART_COUNT:-0}
-words=()
-for word in "$@"; do # the run was to begin anew, not each part of it
-  [[ $word == --from-scratch && $restart -gt 0 ]] || words+=("$word")
-done
-
 H3SCALE_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | xargs)
 # Slurm's own address of the node: its name need not resolve everywhere
 MASTER_ADDR=$(scontrol show node "${H3SCALE_NODES%% *}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
@@ -59,14 +54,14 @@ mkdir -p "$logs"
 echo "job $SLURM_JOB_ID, start $((restart + 1)): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST; to watch: tail -F $PWD/$logs/rank-0.log"
 
 srun "${srun_options[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-  "${python[@]}" -m h3scale.launch.preflight "${words[@]}" &
+  "${python[@]}" -m h3scale.launch.preflight "$@" &
 finish $!
 if [[ $code == 0 && -z $signalled ]]; then
   # Slurm's words for a rank become the ones that torch and DeepSpeed read, inside each task.
   # shellcheck disable=SC2016
   srun "${srun_options[@]}" --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs/rank-%t.log" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$H3SCALE_TASKS_PER_NODE
-    exec "$@"' h3scale "${python[@]}" -m h3scale.train "${words[@]}" &
+    exec "$@"' h3scale "${python[@]}" -m h3scale.train "$@" &
   ranks=$!
   finish "$ranks"
   ranks=
@@ -81,7 +76,7 @@ if [[ $state != RUNNING ]]; then # cancelled, out of time before the ranks had e
   exit "$code"
 fi
 # Launchers lose exit codes; the run's own exit_status.json has the right one.
-verdict=$(srun "${srun_options[@]}" --nodes=1 --ntasks=1 "${python[@]}" -m h3scale.launch.after --code "$code" "${words[@]}" |
+verdict=$(srun "${srun_options[@]}" --nodes=1 --ntasks=1 "${python[@]}" -m h3scale.launch.after --code "$code" "$@" |
   tail -n 1) || verdict="end $code"
 read -r action code <<<"$verdict"
 if [[ $action == requeue ]]; then

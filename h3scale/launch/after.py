@@ -4,10 +4,8 @@ slurm/train.sh asks. One line on stdout for it, `requeue CODE` or `end CODE`, an
 """
 
 import json
-import os
 import sys
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
-from h3scale.errors import H3Error, PeerLostError, UsageError
+from h3scale.errors import H3Error, PeerLostError, StoppedError, UsageError
+from h3scale.exit_status import kept_step, read_exit_status, run_folder_of, this_attempt
 
-SAVED = 75  # after a signal, with everything on disk that a restart needs
-COMES_BACK = (SAVED, PeerLostError.exit_code)
+COMES_BACK = (StoppedError.exit_code, PeerLostError.exit_code)
 MAX_RESTARTS = 3  # without a new step: what has failed so often is no accident
 USAGE = "usage: python -m h3scale.launch.after --code N RECIPE [key=value ...]"
 
@@ -32,20 +30,18 @@ class Verdict:
     line: str
 
 
-def judge(out: Path, srun_code: int, environment: Mapping[str, str]) -> Verdict:
+def judge(out: Path, srun_code: int) -> Verdict:
     """What becomes of the job whose run writes `out`. Counts restarts without a new step beside the run.
 
     The run's own exit_status.json decides, if it is of this job and this start; else srun's code, of which one above 128
     (a rank that was killed, a node that is gone) counts as a lost peer.
     """
-    job, start = environment.get("SLURM_JOB_ID"), int(environment.get("SLURM_RESTART_COUNT") or 0)
-    run_folder = out.with_name(f".run-{out.name}")
-    counter = run_folder.with_name(f"{run_folder.name}.restarts")
-    code, what = _how_it_ended(run_folder, out, srun_code, job, start)
+    counter = run_folder_of(out).with_name(f"{run_folder_of(out).name}.restarts")
+    code, what = _how_it_ended(out, srun_code)
     if code not in COMES_BACK:
         counter.unlink(missing_ok=True)
         return Verdict(False, code, f"{out}: {what} (exit code {code})")
-    step = newest_step(run_folder)
+    job, step = this_attempt()["job"], kept_step(out)
     place = f"goes on at step {step}" if step else "begins anew, as no step was saved"
     restarts = _restarts_at(counter, job, step)
     if restarts >= MAX_RESTARTS:
@@ -56,35 +52,22 @@ def judge(out: Path, srun_code: int, environment: Mapping[str, str]) -> Verdict:
     return Verdict(True, code, f"{out}: {what} (exit code {code}): requeued, {place}")
 
 
-def newest_step(run_folder: Path) -> int:
-    """The newest step that is complete in a run's folder, 0 without any."""
-    steps = [path.parent.name.removeprefix("step-") for path in run_folder.glob("step-*/manifest.json")]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
-
-
-def _how_it_ended(run_folder: Path, out: Path, srun_code: int, job: str | None, start: int) -> tuple[int, str]:
-    for folder in (run_folder, out):
-        status = _read(folder / "exit_status.json")
-        if str(status.get("job")) == job and status.get("restart") == start and isinstance(status.get("exit_code"), int):
-            return status["exit_code"], f"{status.get('reason')}, step {status.get('step')} of {status.get('steps')}"
+def _how_it_ended(out: Path, srun_code: int) -> tuple[int, str]:
+    status = read_exit_status(out)
+    if status is not None:
+        return status["exit_code"], f"{status['reason']}, step {status['step']} of {status['steps']}"
     if srun_code > 128:
         return PeerLostError.exit_code, f"srun ended with {srun_code}: a rank was killed or a node is gone"
     return srun_code, "done" if srun_code == 0 else f"srun ended with {srun_code}"
 
 
 def _restarts_at(counter: Path, job: str | None, step: int) -> int:
-    """How often this job has been restarted from this step."""
-    before = _read(counter)
-    return int(before.get("restarts", 0)) if before.get("job") == job and before.get("step") == step else 0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Nothing of a file that is not there or not whole."""
+    """How often this job has been restarted from this step; 0 of a file that is not there or not whole."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        before = json.loads(counter.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return 0
+    return int(before["restarts"]) if before["job"] == job and before["step"] == step else 0
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
@@ -105,7 +88,7 @@ def main(arguments: list[str]) -> int:
             raise UsageError(USAGE)
         given = [word for word in arguments[2:] if not word.startswith("--")]
         recipe = load_recipe(TrainRecipe, given[0], given[1:])
-        verdict = judge(Path(recipe.out), int(arguments[1]), os.environ)
+        verdict = judge(Path(recipe.out), int(arguments[1]))
     except H3Error as error:
         for finding in error.findings:
             print(f"error: {finding}", file=sys.stderr)

@@ -123,7 +123,6 @@ def requeued(jobs: Jobs, world: Path, disturb: Callable[[str], object]) -> str:
     return number
 
 
-@pytest.mark.xfail(strict=True, reason="needs `save` in the recipe, and runs that go on where they were")
 class TestGoesOn:
     """What ends a job early and lets it go on: its losses are those of one that nothing has happened to, bit for bit."""
 

@@ -1,1 +1,1 @@
-"""Starting processes: the ranks of one machine here, clusters in slurm/."""
+"""Starting processes: the ranks of one machine, and what clusters need before and after theirs (slurm/ has the scripts)."""

@@ -117,10 +117,16 @@ def requeued(jobs: Jobs, world: Path, disturb: Callable[[str], object]) -> str:
     number = jobs.train(world / "recipe.yaml", "out=run", *LONG)
     wait_for_step(jobs, number, EVERY + 5)
     disturb(number)
-    wait_for("a restart", lambda: jobs.cluster.job(number)["Restarts"] != "0", limit_s=180)
+    restarted(jobs, number)
     found = jobs.ended(number)
     assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), jobs.all_said(number)
     return number
+
+
+def restarted(jobs: Jobs, number: str) -> None:
+    """Waits until the job runs again: on its way back into the queue it looks as if it had ended (NODE_FAIL, PREEMPTED)."""
+    wait_for("a restart", lambda: jobs.cluster.job(number)["Restarts"] != "0", limit_s=180)
+    jobs.cluster.wait_for_state(number, "RUNNING", limit_s=60)
 
 
 class TestGoesOn:
@@ -135,7 +141,7 @@ class TestGoesOn:
         """Slurm looks every 30 s and counts in minutes: the signal comes in second 20 to 50, and more rows a step outlast that."""
         words = (*LONG, f"steps={SLOW_STEPS}", "data.rows_per_batch=32")
         number = jobs.train(world / "recipe.yaml", "out=run", *words, options=("--time=1", "--signal=B:USR2@10"))
-        wait_for("a restart", lambda: jobs.cluster.job(number)["Restarts"] != "0", limit_s=180)
+        restarted(jobs, number)
         jobs.cluster.call("scontrol", "update", f"JobId={number}", "TimeLimit=60")  # once is enough
         found = jobs.ended(number)
         assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), jobs.all_said(number)

@@ -41,6 +41,19 @@ def read_exit_status(out: str | Path) -> dict[str, Any] | None:
     return status if {name: status.get(name) for name in this_attempt()} == this_attempt() else None
 
 
+def ended_before(out: str | Path) -> bool:
+    """Whether this Slurm job has made `out` in an earlier start, and was started again before it could end."""
+    attempt = this_attempt()
+    try:
+        status = json.loads((Path(out) / EXIT_STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not attempt["job"] or not isinstance(status, dict) or run_folder_of(out).is_dir():
+        return False
+    same = status.get("job") == attempt["job"] and status.get("reason") == DONE
+    return same and int(status.get("restart", 0)) < int(attempt["restart"])
+
+
 def checkpoints_in(run_folder: Path, *kinds: str) -> dict[Path, int]:
     """The folders of checkpoints (`step-K`, `resume-K` or one of these) that are whole, and the steps; the newest first."""
     names = re.compile(rf"(?:{'|'.join(kinds or ('step', 'resume'))})-(\d+)")

@@ -12,7 +12,7 @@ from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.config.tiny import TINY
 from h3scale.errors import H3Error, PeerLostError, StoppedError, TakenError, UsageError
-from h3scale.exit_status import kept_step, read_exit_status, run_folder_of, write_exit_status
+from h3scale.exit_status import ended_before, kept_step, read_exit_status, run_folder_of, write_exit_status
 
 OPTIONS = {"--force": "force", "--from-scratch": "from_scratch", "--allow-change": "allow_change"}
 USAGE = f"usage: python -m h3scale.train RECIPE [key=value ...] [{'] ['.join(OPTIONS)}] [--debug]"
@@ -31,6 +31,10 @@ def main(arguments: list[str]) -> int:
         if not given or options - {*OPTIONS, "--debug"}:
             raise UsageError(USAGE)
         recipe = _recipe(given[0], given[1:])
+        if ended_before(recipe.out):
+            if log.RANK == 0:
+                print(f"result: {recipe.out} (complete since an earlier start of this job)")
+            return 0
         stale = read_exit_status(recipe.out)
         from h3scale.train.loop import Options, train
 

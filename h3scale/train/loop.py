@@ -172,7 +172,10 @@ def save_if_asked(t: Training, step: int, asked: Asked) -> None:
     """Saves where it is time, or a rank was asked to; StoppedError where it was asked to end. Not after the last step."""
     every = t.recipe.save.every
     wish, rank = asked.together(t.run.engine.device)
-    if step == t.recipe.steps or not (wish or (every and step % every == 0)):
+    if step == t.recipe.steps:
+        asked.done(Wish.END)  # the run ends all the same, and leaves no such file
+        return
+    if not (wish or (every and step % every == 0)):
         return
     with t.metrics.paused():
         t.keeper.save(step)

@@ -180,6 +180,9 @@ def _candidates(run_folder: Path, from_scratch: bool) -> list[Path]:
     )
     if other and not found:
         raise OutputError(f"{other}: left by a run that did not end (move it away, or --from-scratch to delete it)")
+    damaged = next(run_folder.glob(".damaged-*"), None)
+    if damaged and not found:
+        raise DataError(f"{damaged}: all that is left of a run (works: a copy that is whole in its place, or --from-scratch)")
     return found
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from h3scale.exit_status import kept_step, read_exit_status, run_folder_of, write_exit_status
+from h3scale.exit_status import ended_before, kept_step, read_exit_status, run_folder_of, write_exit_status
 
 
 def test_a_run_that_did_not_end_well_says_so_in_its_own_folder_and_one_that_did_in_its_output(tmp_path: Path) -> None:
@@ -54,3 +54,18 @@ def test_the_newest_step_that_is_kept_has_a_manifest(tmp_path: Path) -> None:
     for name in ("step-000090", "resume-000095", "step-000099.old", ".damaged-step-000099"):
         (tmp_path / ".run-x" / name / "manifest.json").write_text(json.dumps({}))
     assert kept_step(tmp_path / "x") == 95
+
+
+def test_a_job_that_slurm_starts_again_after_it_was_done_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "x"
+    out.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    write_exit_status(out, 0, "done", 10, 10)
+    assert not ended_before(out)  # this start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert ended_before(out)
+    run_folder_of(out).mkdir()  # a run that is to replace it
+    assert not ended_before(out)
+    run_folder_of(out).rmdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert not ended_before(out)

@@ -28,9 +28,11 @@ def cluster() -> Iterator[Cluster]:
     place = Path(tempfile.mkdtemp(prefix="h3s-"))  # a short path: that of a socket ends after a hundred characters
     # nothing that a launcher, or a Slurm around these tests, has left in the environment
     own = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
-    with running(place, own | {"PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[2])}) as found:
-        yield found
-    shutil.rmtree(place)
+    try:
+        with running(place, own | {"PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[2])}) as found:
+            yield found
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture

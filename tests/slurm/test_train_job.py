@@ -186,7 +186,7 @@ class TestGoesOn:
         (jobs.folder / ".run-run" / "STOP").touch()
         found = jobs.ended(number)
         assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "0"), jobs.all_said(number)
-        assert "stop file" in jobs.log(number)
+        assert "run: a file STOP, step" in jobs.log(number)
         again = jobs.train(world / "recipe.yaml", "out=run", *LONG)
         assert jobs.ended(again)["JobState"] == "COMPLETED", jobs.all_said(again)
         assert lines_of(jobs.folder / "run") == undisturbed

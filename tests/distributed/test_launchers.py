@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,6 +70,24 @@ def test_a_launcher_that_is_ended_leaves_a_saved_run_and_no_ranks(world: Path, l
     assert json.loads((run_folder_of(out) / f"step-{status['step']:06d}" / "manifest.json").read_text())["step"] == status["step"]
     if launcher == "h3scale train" and number == signal.SIGUSR2:
         assert started.returncode == 75
+
+
+def test_the_multi_node_launcher_trains_over_a_hostfile(world: Path) -> None:
+    hosts, out = world / "hosts", world / "two nodes"
+    words = [str(world / "recipe.yaml"), f"out={out}", "ep_size=2", "steps=2"]
+    bin_folder = Path(sys.executable).parent
+    launch = [str(bin_folder / "h3scale"), "launch", *words, "--hostfile", str(hosts), "--node", "n0", "--node", "n1"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    said = subprocess.run([*launch, "--gpus-per-node", "1"], env=environment, capture_output=True, text=True, check=True).stdout
+    program, *rest = shlex.split(said.splitlines()[0])
+    # ssh is what carries the command to the nodes; DeepSpeed's own way without it takes the same hostfile and words
+    alone = ["--no_ssh", "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--node_rank"]
+    nodes = [
+        subprocess.Popen([str(bin_folder / program), *alone, str(rank), *rest], env=environment, stdout=subprocess.DEVNULL)
+        for rank in range(2)
+    ]
+    assert [node.wait(180) for node in nodes] == [0, 0]
+    assert json.loads((out / "step-000002" / "manifest.json").read_text())["world_size"] == 2
 
 
 def wait_for(there: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:

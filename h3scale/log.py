@@ -190,9 +190,9 @@ class Progress:
 
 
 @contextmanager
-def progress(what: str, total: float, unit: str) -> Iterator[Progress]:
+def progress(what: str, total: float, unit: str, before: float = 0.0) -> Iterator[Progress]:
     """A progress line on a terminal, a plain line every ten seconds elsewhere, nothing on ranks above 0."""
-    bar = Progress(what, total, unit)
+    bar = Progress(what, total, unit, before)
     try:
         yield bar
     finally:

@@ -5,20 +5,28 @@ tokenizer), `probe.safetensors` (an input and the engine's logits on it) and `ma
 """
 
 import hashlib
+import os
 import re
 import shutil
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from h3scale.checkpoint.extents import Weights
+from h3scale.checkpoint.journal import Work, check_space, resumed_folder
 from h3scale.checkpoint.lora import open_weights
-from h3scale.checkpoint.shards import TensorSpec, check_output, copy_tokenizer, new_folder, read_json, write_model
-from h3scale.checkpoint.zero import ZeroCheckpoint
-from h3scale.errors import DataError, MissingInputError, UnsafeError
+from h3scale.checkpoint.receipt import RECEIPT, check_disjoint, make_receipt, sha256
+from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
+from h3scale.checkpoint.shards import check_output, copy_tokenizer, read_json, write_descriptions, write_json
+from h3scale.checkpoint.stream import Hashes, Output, Writer
+from h3scale.checkpoint.tag_folder import UNIVERSAL
+from h3scale.errors import DataError, MissingInputError, UnsafeError, UsageError
+from h3scale.log import progress
 from h3scale.model import names
 from h3scale.model.families import as_published, expert_size, num_experts
 
@@ -27,6 +35,7 @@ PROBE = "probe.safetensors"
 SUMS = "SHA256SUMS"
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
+MAX_WORKERS = 8  # more threads do not make a disk faster
 _LISTED = 20  # findings of one kind that are written out; the rest is counted
 
 
@@ -86,6 +95,7 @@ class Summary:
 
     target: Path
     source: Path
+    kind: str
     step: int | None
     world_size: int
     ep_size: int
@@ -114,7 +124,7 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
     if (path / MANIFEST).is_file():
         model = Path(config_from) if config_from else path / "model"
         return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))
-    if any(path.glob("*_states.pt")):
+    if any(path.glob("*_states.pt")) or (path / UNIVERSAL).is_dir():
         if config_from is None:
             raise MissingInputError(f"{path}: a bare DeepSpeed folder has no config.json (works: --config-from MODEL_FOLDER)")
         return TrainingCheckpoint(path, path, Path(config_from), None)
@@ -123,53 +133,124 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
     )
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a model is written. `only`: a pattern of names, as of a shell. `receipt`: None for none."""
+
+    dtype: torch.dtype = torch.float32
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    only: str | None = None
+    workers: int = 0  # threads; 0: as many as there are cores, up to MAX_WORKERS
+    receipt: str | Path | None = RECEIPT  # a plain name: in the model's folder
+    fsync: bool = True
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
 def consolidate(
     source: str | Path,
     target: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
     config_from: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
+    **options: Any,
 ) -> Summary:
-    """Writes a training checkpoint as a Hugging Face folder (config, safetensors, tokenizer, SHA256SUMS).
+    """Writes a training checkpoint as a Hugging Face folder (config, safetensors, tokenizer) with a receipt; see Options.
 
-    Values come from the optimizer's fp32 partitions (frozen tensors: as trained with) and are rounded to `dtype`;
-    memory stays near one shard. Names, shapes and numbers of tensors must be those that config.json asks for, else
-    DataError (65) lists what is missing, unknown or of another shape, and nothing is written.
+    Values come from the optimizer's fp32 partitions (frozen tensors: as trained with) and are rounded to `dtype`, block by
+    block. Names, shapes and numbers of tensors must be those that config.json asks for, else DataError (65) lists what is
+    missing, unknown or of another shape, and nothing is written. The same call goes on where a killed one was.
     """
-    start = time.monotonic()
+    start, how = time.monotonic(), Options(**options)
     check_output(target, force)
     checkpoint = find_checkpoint(source, config_from)
     checkpoint.check_sizes()
     weights = open_weights(checkpoint.deepspeed, checkpoint.model)
-    origins = _match(checkpoint, weights)
-    specs = [TensorSpec(name, shape, _stored(weights, origin, dtype)) for name, (shape, origin) in origins.items()]
-    dtypes = {spec.name: spec.dtype for spec in specs}
-
-    def produce(name: str) -> torch.Tensor:
-        stored, expert = origins[name][1]
-        values = weights.tensor(stored) if expert is None else weights.expert(stored, expert)
-        return values.to(dtypes[name])
-
-    with new_folder(target, force) as folder:
-        write_model(folder, _final_config(checkpoint.config, dtype), specs, produce, "consolidate", max_shard_bytes)
-        copy_tokenizer(checkpoint.model, folder)
+    outputs = _outputs(checkpoint, weights, how)
+    check_disjoint(outputs)
+    shards = plan_shards([output.spec for output in outputs.values()], how.max_shard_bytes)
+    with resumed_folder(target, _key(checkpoint, outputs, shards, how), force, how.fsync) as work:
+        check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
+        hashes = _write_shards(work, shards, outputs, how)
+        write_descriptions(work.folder, _final_config(checkpoint.config, how.dtype), shards)
+        copy_tokenizer(checkpoint.model, work.folder)
         if (checkpoint.model / GENERATION).is_file():
-            shutil.copyfile(checkpoint.model / GENERATION, folder / GENERATION)
-        write_sums(folder)
+            shutil.copyfile(checkpoint.model / GENERATION, work.folder / GENERATION)
+        if how.receipt is not None:
+            inside = work.folder / how.receipt if Path(how.receipt).name == str(how.receipt) else None
+            receipt = make_receipt(work.folder, _about(checkpoint, weights, Path(target), how), shards, outputs, hashes)
+            write_json(inside or Path(how.receipt), receipt)
+    specs = [output.spec for output in outputs.values()]
     return Summary(
         target=Path(target),
         source=checkpoint.path,
+        kind=weights.kind,
         step=(checkpoint.manifest or {}).get("step"),
         world_size=weights.world_size,
         ep_size=weights.ep_size,
         num_tensors=len(specs),
         num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in specs),
         num_bytes=sum(spec.num_bytes for spec in specs),
-        dtype=dtype,
+        dtype=how.dtype,
         duration_s=time.monotonic() - start,
     )
+
+
+def _outputs(checkpoint: TrainingCheckpoint, weights: Weights, how: Options) -> dict[str, Output]:
+    """What is to be written, by name, in the order of the config."""
+    outputs = {}
+    for name, (shape, (stored, expert)) in _match(checkpoint, weights).items():
+        source = weights.source(stored, expert)
+        dtype = how.dtype if source.dtype.is_floating_point else source.dtype
+        outputs[name] = Output(TensorSpec(name, shape, dtype), source, weights.stored_name(stored), expert)
+    chosen = {name: output for name, output in outputs.items() if how.only is None or fnmatchcase(name, how.only)}
+    if not chosen:
+        raise UsageError(
+            f"--only: '{how.only}' is none of the {len(outputs)} tensors (works: {next(iter(outputs))}, model.layers.0.*)"
+        )
+    return chosen
+
+
+def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output], how: Options) -> Hashes:
+    hashes: Hashes = {}
+    before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
+    with progress("consolidate", sum(shard.num_bytes for shard in shards) / 1e6, "MB", before / 1e6) as bar:
+        writer = Writer(outputs, how.num_workers, hashing=how.receipt is not None, fsync=how.fsync, bar=bar)
+        try:
+            for shard in shards:
+                if shard.name not in work.done:
+                    work.finish(shard.name, writer.write(shard, work.unfinished()))
+                hashes |= work.done[shard.name]
+        finally:
+            writer.close()
+    return hashes
+
+
+def _key(checkpoint: TrainingCheckpoint, outputs: dict[str, Output], shards: list[ShardFile], how: Options) -> str:
+    """Of the same work, the same: what is read, as it is now, and what is to come of it."""
+    files = {extent.path for output in outputs.values() for extent in output.extents}
+    files |= {path for path in checkpoint.model.iterdir() if path.is_file()}
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    plan = [(output.name, output.expert, list(output.extents)) for output in outputs.values()]
+    return hashlib.sha256(repr([stats, plan, [shard.header for shard in shards], str(how.receipt)]).encode()).hexdigest()
+
+
+def _about(checkpoint: TrainingCheckpoint, weights: Weights, target: Path, how: Options) -> dict[str, Any]:
+    receipt = Path(how.receipt or RECEIPT)
+    inside = receipt.name == str(receipt)
+    return {
+        "source": str(checkpoint.path),
+        "model": "." if inside else os.path.relpath(target, receipt.parent),
+        "kind": weights.kind,
+        "step": (checkpoint.manifest or {}).get("step"),
+        "world_size": weights.world_size,
+        "ep_size": weights.ep_size,
+        "dtype": str(how.dtype).removeprefix("torch."),
+        "only": how.only,
+        "model_type": checkpoint.config.get("model_type"),
+    }
 
 
 def expected_shapes(config: dict[str, Any], where: str | Path) -> dict[str, tuple[int, ...]]:
@@ -209,12 +290,6 @@ def stored_as(name: str, moe_type: str | None) -> tuple[str, int | None]:
     return name, None
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS of all files of a folder, in the form `sha256sum -c` reads."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
@@ -240,7 +315,7 @@ def _listing(items: list[str], say: Any) -> list[str]:
     return [say(item) for item in items[:_LISTED]] + ([f"... and {rest} more like this"] if rest > 0 else [])
 
 
-def _match(checkpoint: TrainingCheckpoint, weights: ZeroCheckpoint) -> dict[str, tuple[tuple[int, ...], tuple[str, int | None]]]:
+def _match(checkpoint: TrainingCheckpoint, weights: Weights) -> dict[str, tuple[tuple[int, ...], tuple[str, int | None]]]:
     """For each tensor to write: its shape, and where its values are. DataError when the two sides are not the same set."""
     moe_type = checkpoint.config.get("model_type")
     expected = expected_shapes(checkpoint.config, checkpoint.model)
@@ -268,12 +343,6 @@ def _expert_shapes(moe: names.MoeNames, settings: Any) -> dict[str, tuple[int, .
             for projection in names.PROJECTIONS:
                 shapes[moe.hub_experts[projection].format(layer=layer, expert=expert)] = of[projection]
     return shapes
-
-
-def _stored(weights: ZeroCheckpoint, origin: tuple[str, int | None], dtype: torch.dtype) -> torch.dtype:
-    name = weights.aliases.get(origin[0], origin[0])
-    found = weights.specs[name].dtype
-    return dtype if found.is_floating_point else found
 
 
 def _final_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

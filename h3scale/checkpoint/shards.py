@@ -9,7 +9,6 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from h3scale.checkpoint.extents import bytes_of
+from h3scale.checkpoint.shard_files import DTYPES, INDEX, WEIGHTS, ShardFile, TensorSpec, index_of, plan_shards
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError
 from h3scale.log import progress
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,22 +32,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written: its name, shape and dtype are known before its values."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel * self.dtype.itemsize
 
 
 class ModelFolder:
@@ -96,7 +78,7 @@ class ModelFolder:
             with self._open(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 (no mapping)
                     piece = handle.get_slice(name)
-                    specs[name] = TensorSpec(name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+                    specs[name] = TensorSpec(name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
         absent = sorted(set(self.files) - set(specs))
         if absent:
             raise DataError([f"{self.path}: '{name}' is in the index but in no shard" for name in absent])
@@ -126,19 +108,6 @@ class ModelFolder:
             raise DataError(f"{self.path / file}: not a readable safetensors file ({error})") from error
         with handle as opened:
             yield opened
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,28 +171,37 @@ def write_model(
 ) -> None:
     """Writes config.json and safetensors shards (with an index when more than one) into an existing folder.
 
-    `produce(name)` gives each tensor when its turn comes; at most one shard is in memory. Its shape and dtype must be
+    `produce(name)` gives each tensor when its turn comes; one tensor is in memory at a time. Its shape and dtype must be
     those of the spec (else DataError: a conversion that changes a shape in silence is the field's commonest bug).
     """
-    shards = _plan_shards(specs, max_shard_bytes)
-    weight_map: dict[str, str] = {}
+    shards = plan_shards(specs, max_shard_bytes)
     with progress(what, sum(s.num_bytes for s in specs) / 1e6, "MB") as bar:
-        for i, shard in enumerate(shards):
-            file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {}
-            for spec in shard:
-                tensor = produce(spec.name)
-                if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                    raise DataError(f"{spec.name}: planned {spec.shape} {spec.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
-                tensors[spec.name] = tensor.contiguous()
-                bar.advance(spec.num_bytes / 1e6)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o666 & ~_umask())  # safetensors writes 0600, and colleagues are to read it
-            weight_map.update(dict.fromkeys(tensors, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(s.num_bytes for s in specs)}, "weight_map": weight_map}
+        for shard in shards:
+            with (folder / shard.name).open("wb", buffering=0) as file:
+                write_all(file.fileno(), memoryview(shard.header), 0)
+                # in the order asked for: what comes out of one source may stand together
+                for spec in (spec for spec in specs if spec.name in shard.offsets):
+                    tensor = produce(spec.name)
+                    if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                        raise DataError(f"{spec.name}: planned {spec.shape} {spec.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+                    write_all(file.fileno(), bytes_of(tensor), shard.offsets[spec.name])
+                    bar.advance(spec.num_bytes / 1e6)
+    write_descriptions(folder, config, shards)
+
+
+def write_descriptions(folder: Path, config: dict[str, Any], shards: Sequence[ShardFile]) -> None:
+    """Writes config.json, and the index of several shards."""
+    index = index_of(shards)
+    if index is not None:
         write_json(folder / INDEX, index)
     write_json(folder / "config.json", config)
+
+
+def write_all(descriptor: int, values: memoryview, offset: int) -> None:
+    """Writes bytes at a place in a file, however many calls it takes."""
+    done = 0
+    while done < len(values):
+        done += os.pwrite(descriptor, values[done:], offset + done)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -238,24 +216,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def _plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.num_bytes
-    return shards
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def sync(folder: Path) -> None:

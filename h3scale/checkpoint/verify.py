@@ -16,12 +16,12 @@ from h3scale.checkpoint.consolidate import (
     differences,
     expected_shapes,
     find_checkpoint,
-    sha256,
     stored_as,
 )
+from h3scale.checkpoint.extents import Weights
 from h3scale.checkpoint.lora import open_weights
+from h3scale.checkpoint.receipt import RECEIPT, check_receipt, sha256
 from h3scale.checkpoint.shards import TOKENIZER_FILES, ModelFolder, read_json
-from h3scale.checkpoint.zero import ZeroCheckpoint
 from h3scale.errors import DataError, H3Error, UnsafeError
 from h3scale.log import progress
 from h3scale.model import names
@@ -42,6 +42,7 @@ class Report:
     num_parameters: int = 0
     dtypes: list[str] = field(default_factory=list)
     num_sums: int | None = None
+    num_proven_tensors: int | None = None
     num_equal_tensors: int | None = None
     max_abs_difference: float | None = None
     logit_limit: float | None = None
@@ -53,7 +54,7 @@ class Report:
 
 
 def verify(model_folder: str | Path, against: str | Path | None = None, *, hashes: bool = True) -> Report:
-    """Checks names, shapes, values, tokenizer and SHA256SUMS of a Hugging Face folder.
+    """Checks names, shapes, values, tokenizer, and SHA256SUMS or receipt of a Hugging Face folder.
 
     `against`, a training checkpoint: also its own hashes (unless `hashes` is off: they read all of it), every tensor bit
     for bit, and the logits that plain transformers gives on the checkpoint's probe, within LOGIT_TOLERANCE (training in fp32).
@@ -62,7 +63,7 @@ def verify(model_folder: str | Path, against: str | Path | None = None, *, hashe
     folder = ModelFolder(model_folder)
     report = Report(str(model_folder))
     checkpoint = find_checkpoint(against) if against is not None else None
-    checks = [_check_sums, _check_names, _check_values, _check_tokenizer, _check_remote_code]
+    checks = [_check_sums, _check_receipt, _check_names, _check_values, _check_tokenizer, _check_remote_code]
     for check in checks:
         _collect(report, lambda check=check: check(folder, report))
     if checkpoint is not None:
@@ -105,9 +106,22 @@ def _check_sums(folder: ModelFolder, report: Report) -> None:
         elif sha256(file) != digest:
             report.findings.append(f"{file}: sha256 differs from {SUMS}: the file has changed since it was written")
         listed.add(name)
-    present = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()} - {SUMS}
-    report.warnings += [f"{folder.path / name}: is not in {SUMS}" for name in sorted(present - listed)]
+    report.warnings += _unknown(folder, listed, SUMS)
     report.num_sums = len(listed)
+
+
+def _check_receipt(folder: ModelFolder, report: Report) -> None:
+    path = folder.path / RECEIPT
+    if not path.is_file():
+        return
+    report.num_proven_tensors, findings = check_receipt(path, folder.path)
+    report.findings += findings
+    report.warnings += _unknown(folder, set(read_json(path)["files"]), RECEIPT)
+
+
+def _unknown(folder: ModelFolder, listed: set[str], where: str) -> list[str]:
+    present = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*") if p.is_file()} - {SUMS, RECEIPT}
+    return [f"{folder.path / name}: is not in {where}" for name in sorted(present - listed)]
 
 
 def _check_names(folder: ModelFolder, report: Report) -> None:
@@ -212,7 +226,7 @@ def _check_trained(folder: ModelFolder, checkpoint: TrainingCheckpoint, report: 
     _check_probe(folder, checkpoint, report, exact=report.dtypes == ["float32"] and not weights.is_rounded)
 
 
-def _check_weights(folder: ModelFolder, checkpoint: TrainingCheckpoint, weights: ZeroCheckpoint, report: Report) -> None:
+def _check_weights(folder: ModelFolder, checkpoint: TrainingCheckpoint, weights: Weights, report: Report) -> None:
     """Every tensor bit for bit what the checkpoint holds, rounded to the folder's format; a second reader, no logits."""
     equal, other = 0, []
     for name in folder.files:

@@ -44,11 +44,18 @@ def consolidate(
     config_from: Annotated[
         Path | None, typer.Option("--config-from", help="Folder with config.json and tokenizer, for a bare DeepSpeed folder.")
     ] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="PATTERN", help="Tensors to write, such as '*.layers.0.*'.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Threads; 0: one for each core, up to 8.")] = 0,
+    receipt: Annotated[
+        str, typer.Option("--receipt", metavar="none|FILE", help="Where to write the receipt; a plain name: in DST.")
+    ] = "receipt.json",
+    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="--no-fsync is for measuring.", hidden=True)] = True,
     force: Force = False,
 ) -> None:
     """Turn a sharded training checkpoint into one Hugging Face folder (safetensors, hub layout, tokenizer).
 
-    Every tensor that the config asks for must be there exactly once, or nothing is written.
+    Reads DeepSpeed ZeRO-1, 2 and 3, dense or with experts (AutoEP), and universal checkpoints. Every tensor that the config
+    asks for must be there exactly once, or nothing is written. A run that was cut off goes on when the command is repeated.
 
     Example: h3scale checkpoint consolidate checkpoints/fused models/fused
     """
@@ -60,15 +67,19 @@ def consolidate(
     done = write_whole(
         source,
         target,
-        dtype=getattr(torch, dtype.value),
         config_from=config_from,
-        max_shard_bytes=max_shard_bytes,
         force=force,
+        dtype=getattr(torch, dtype.value),
+        max_shard_bytes=max_shard_bytes,
+        only=only,
+        workers=workers,
+        receipt=None if receipt == "none" else receipt,
+        fsync=fsync,
     )
     step = "" if done.step is None else f", step {done.step}"
     print(
-        f"{done.source}{step}: {done.num_tensors} tensors, {done.num_parameters:,} parameters of {done.world_size} ranks "
-        f"(ep_size {done.ep_size}), {done.num_bytes / 1e6:.1f} MB {dtype.value}, {done.duration_s:.1f} s"
+        f"{done.source}{step}: {done.kind}, {done.num_tensors} tensors, {done.num_parameters:,} parameters of {done.world_size} "
+        f"ranks (ep_size {done.ep_size}), {done.num_bytes / 1e6:.1f} MB {dtype.value}, {done.duration_s:.1f} s"
     )
     against = "" if config_from and done.step is None else f" --against {source}"
     print(f"model: {target}   next: h3scale checkpoint verify {target}{against}")
@@ -76,7 +87,7 @@ def consolidate(
 
 @app.command()
 def verify(
-    model: Model,
+    model: Annotated[Path, typer.Argument(metavar="MODEL|RECEIPT", help="A Hugging Face model folder, or a receipt.")],
     against: Annotated[
         Path | None, typer.Option("--against", metavar="CKPT", help="The training checkpoint: weights and logits must be equal.")
     ] = None,
@@ -84,8 +95,13 @@ def verify(
 ) -> None:
     """Check names, shapes, values, tokenizer and checksums of a model; with --against, that it is what was trained.
 
+    Of a receipt: that the model is still what was written, tensor by tensor, and that every expert arrived exactly once.
+
     Example: h3scale checkpoint verify models/fused --against checkpoints/fused
     """
+    if model.is_file():
+        _verify_receipt(model)
+        return
     from h3scale.checkpoint.verify import verify as check
     from h3scale.log import logger
 
@@ -93,13 +109,26 @@ def verify(
     for warning in report.warnings:
         logger.warning("warning: %s", warning)
     print(f"names, shapes, values: {report.num_tensors} tensors, {report.num_parameters:,} parameters, {', '.join(report.dtypes)}")
-    print(f"checksums: {'none' if report.num_sums is None else f'{report.num_sums} files as they were written'}")
+    if report.num_proven_tensors is not None:
+        print(f"receipt: {report.num_proven_tensors} tensors as they were written, each from its own bytes")
+    if report.num_sums is not None or report.num_proven_tensors is None:
+        print(f"checksums: {'none' if report.num_sums is None else f'{report.num_sums} files as they were written'}")
     if report.num_equal_tensors is not None:
         print(f"weights: {report.num_equal_tensors} of {report.num_tensors} tensors bit for bit those of {against}")
     if report.max_abs_difference is not None:
         far, limit = report.max_abs_difference, report.logit_limit
         print(f"logits: max abs difference {far:.1e} from the trained engine (limit {limit:.1e})")
     print(f"verified: {model}   next: h3scale checkpoint release {model} release --license LICENSE")
+
+
+def _verify_receipt(path: Path) -> None:
+    from h3scale.checkpoint.receipt import check_receipt
+    from h3scale.errors import DataError
+
+    num_tensors, findings = check_receipt(path)
+    if findings:
+        raise DataError(findings)
+    print(f"verified: {path}: {num_tensors} tensors as they were written, each from its own bytes")
 
 
 @app.command()

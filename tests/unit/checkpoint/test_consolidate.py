@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from h3scale.checkpoint import extents, stream
 from h3scale.checkpoint.consolidate import consolidate, expected_shapes, find_checkpoint
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
-from h3scale.checkpoint.zero import Block, ZeroCheckpoint
+from h3scale.checkpoint.zero import open_deepspeed
 from h3scale.cli.checkpoint import app, parse_size
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError, UsageError
 from h3scale.model.families import MOE_FAMILIES, as_published
@@ -49,9 +50,7 @@ def test_the_folder_has_all_that_a_model_needs(shard, model, tmp_path):
     assert config["dtype"] == "float32"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
-    assert (tmp_path / "out" / "SHA256SUMS").is_file()
-    done = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=tmp_path / "out", capture_output=True)
-    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "out" / "receipt.json").is_file()
 
 
 def test_weights_are_rounded_to_the_format_asked_for(shard, weights, tmp_path):
@@ -68,13 +67,17 @@ def test_small_shards_hold_the_same_tensors(shard, weights, tmp_path):
     assert all(torch.equal(folder.tensor(name), weights[name]) for name in weights)
 
 
-def test_no_more_is_read_at_a_time_than_the_largest_tensor(shard, weights, tmp_path, monkeypatch):
+def test_every_byte_is_read_once_and_no_more_than_a_block_at_a_time(shard, weights, tmp_path, monkeypatch):
     sizes = []
-    read = Block.read
-    monkeypatch.setattr(Block, "read", lambda self, start, stop: sizes.append(stop - start) or read(self, start, stop))
-    consolidate(shard(world_size=4, ep_size=2), tmp_path / "out")
-    assert sum(sizes) == sum(values.numel() for values in weights.values())  # and everything once
-    assert max(sizes) == max(values.numel() for values in weights.values())
+    monkeypatch.setattr(extents, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 256)
+    read = stream.read_into
+    monkeypatch.setattr(stream, "read_into", lambda file, target, *more: sizes.append(len(target)) or read(file, target, *more))
+    consolidate(shard(world_size=4, ep_size=2), tmp_path / "out", dtype=torch.bfloat16)
+    assert sum(sizes) == 4 * sum(values.numel() for values in weights.values())
+    assert max(sizes) == 256
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], weights[name].bfloat16()) for name in weights)
 
 
 def test_an_untied_config_gets_both_copies_of_tied_weights(shard, weights, tmp_path):
@@ -127,7 +130,8 @@ def test_a_lost_last_rank_is_refused_without_a_manifest(shard, tmp_path):
     folder = shard(world_size=4, ep_size=2)
     for path in (folder / "deepspeed").glob("zero_pp_rank_3_*"):
         path.unlink()
-    _refused(DataError, folder / "deepspeed", tmp_path / "out", "written by 4 ranks", config_from=folder / "model")
+    text = "the states of rank 3 are missing"
+    _refused(MissingInputError, folder / "deepspeed", tmp_path / "out", text, config_from=folder / "model")
 
 
 def test_a_missing_expert_is_refused(shard, tmp_path):
@@ -156,7 +160,7 @@ def test_lost_experts_of_one_ep_rank_are_refused(shard, tmp_path):
             model_state["param_shapes"][1:] = [{}, {}]
             optim_state["fp32_flat_groups"][1:] = [torch.empty(0), torch.empty(0)]
 
-    _refused(DataError, shard(edit=forget), tmp_path / "out", "model.layers.0.mlp.experts.w1: lacks experts of EP rank 1")
+    _refused(DataError, shard(edit=forget), tmp_path / "out", "model.layers.0.mlp.experts.w1: lacks experts [2, 3] of EP rank 1")
 
 
 def test_frozen_tensors_that_were_not_saved_are_refused(shard, tmp_path):
@@ -215,19 +219,47 @@ def test_values_that_the_names_do_not_fill_are_refused(shard, tmp_path):
     _refused(DataError, shard(edit=add), tmp_path / "out", "a group holds 65 values where its names need 64")
 
 
-def test_zero_2_is_refused_with_what_would_work(shard, tmp_path):
+def test_a_run_without_zero_is_refused_with_what_would_work(shard, tmp_path):
     folder = shard() / "deepspeed"
-    for path in folder.glob("*_model_states.pt"):
+    for path in folder.glob("*_states.pt"):
         path.unlink()
     torch.save({}, folder / "mp_rank_00_model_states.pt")
-    _refused(DataError, folder, tmp_path / "out", "works: ZeRO-3", config_from=folder.parent / "model")
+    _refused(
+        MissingInputError, folder, tmp_path / "out", "works: checkpoints of ZeRO-1, 2 or 3", config_from=folder.parent / "model"
+    )
+
+
+def test_files_of_another_stage_beside_them_are_refused(shard, tmp_path):
+    folder = shard() / "deepspeed"
+    torch.save({}, folder / "mp_rank_00_model_states.pt")
+    _refused(DataError, folder, tmp_path / "out", "two runs in one folder", config_from=folder.parent / "model")
+
+
+def test_rank_files_of_a_larger_run_are_refused(shard, tmp_path):
+    folder, larger = shard(world_size=2) / "deepspeed", shard("larger", world_size=4) / "deepspeed"
+    for path in larger.glob("zero_pp_rank_[23]_*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    _refused(
+        DataError,
+        folder,
+        tmp_path / "out",
+        "written by 2 ranks, but the folder holds files of 4",
+        config_from=folder.parent / "model",
+    )
+
+
+def test_a_rank_file_of_another_step_is_refused(shard, tmp_path):
+    def late(rank, model_state, optim_state):
+        model_state["global_steps"] = 7 + rank
+
+    _refused(DataError, shard(edit=late), tmp_path / "out", "of step 8, but zero_pp_rank_0_mp_rank_00_model_states.pt of step 7")
 
 
 def test_optimizer_states_of_another_zero_stage_are_refused(shard, tmp_path):
     def say_two(rank, model_state, optim_state):
         optim_state["zero_stage"] = 2
 
-    _refused(DataError, shard(edit=say_two), tmp_path / "out", "a ZeRO-2 checkpoint (works: ZeRO-3")
+    _refused(DataError, shard(edit=say_two), tmp_path / "out", "of ZeRO-2, beside model states of ZeRO-3")
 
 
 class _Bomb:
@@ -317,7 +349,7 @@ def test_a_changed_byte_in_the_checkpoint_is_found_by_its_hash(shard):
 
 
 def test_aliases_give_the_values_of_the_stored_tensor(shard, weights):
-    zero = ZeroCheckpoint(shard() / "deepspeed")
+    zero = open_deepspeed(shard() / "deepspeed")
     assert zero.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head.weight" not in zero.specs
     assert torch.equal(zero.tensor("lm_head.weight"), weights["model.embed_tokens.weight"])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from h3scale.checkpoint.consolidate import consolidate
+from h3scale.checkpoint.receipt import RECEIPT
 from h3scale.checkpoint.release import model_card, release
 from h3scale.checkpoint.shards import read_json
 from h3scale.cli.checkpoint import app
@@ -98,7 +99,7 @@ def test_sha256sum_accepts_the_release_and_finds_a_change(folder, tmp_path):
 
 
 def test_remote_code_local_paths_and_stray_files_stay_behind(folder, tmp_path):
-    (folder / "SHA256SUMS").unlink()
+    (folder / RECEIPT).unlink()
     for name in ("config.json", "tokenizer_config.json"):
         values = read_json(folder / name) | {"auto_map": {"AutoModel": "evil.Model"}, "_name_or_path": "/home/me/secret"}
         (folder / name).write_text(json.dumps(values))

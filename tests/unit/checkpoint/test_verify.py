@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 
 from h3scale.checkpoint import verify as room
 from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
-from h3scale.checkpoint.shards import INDEX, read_json, write_json
+from h3scale.checkpoint.extents import bytes_of
+from h3scale.checkpoint.receipt import RECEIPT
+from h3scale.checkpoint.shard_files import INDEX, header_of
+from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
 from h3scale.cli.checkpoint import app
 from h3scale.errors import DataError, MissingInputError, UnsafeError
@@ -28,7 +31,7 @@ def pair(shard, tmp_path):
 
 
 def _change(folder, edit, sums="none"):
-    """Edits the weights in place; the sums are removed (`none`), kept as they were (`old`) or made anew (`new`)."""
+    """Edits the weights in place; the receipt is kept (`old`), removed (`none`), or checksums take its place (`new`)."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -36,10 +39,10 @@ def _change(folder, edit, sums="none"):
 
 
 def _sums(folder, sums):
+    if sums != "old":
+        (folder / RECEIPT).unlink()
     if sums == "new":
         write_sums(folder)
-    elif sums == "none":
-        (folder / SUMS).unlink(missing_ok=True)
 
 
 def _edit_json(path, **values):
@@ -63,18 +66,20 @@ def test_a_sound_model_passes_with_its_numbers(pair, weights):
     assert report.findings == report.warnings == []
     assert report.num_tensors == report.num_equal_tensors == len(weights)
     assert report.num_parameters == sum(values.numel() for values in weights.values())
-    assert report.num_sums == len(list(pair[0].iterdir())) - 1
+    assert report.num_proven_tensors == len(weights)
     assert report.max_abs_difference <= LOGIT_TOLERANCE
     json.dumps(report.to_dict())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_one_flipped_bit_is_found_by_the_sums(pair, file):
+@pytest.mark.parametrize("by", [RECEIPT, SUMS])
+def test_one_flipped_bit_is_found_by_the_receipt_and_by_the_sums(pair, file, by):
+    _sums(pair[0], "old" if by == RECEIPT else "new")
     path = pair[0] / file
     values = bytearray(path.read_bytes())
     values[-200] ^= 1
     path.write_bytes(values)
-    assert any(finding.startswith(f"{path}: sha256 differs") for finding in _findings(pair[0]))
+    assert any(finding.startswith(f"{path}: sha256 differs from {by}") for finding in _findings(pair[0]))
 
 
 def test_one_flipped_bit_is_found_without_sums_by_the_checkpoint(pair):
@@ -88,9 +93,16 @@ def test_one_flipped_bit_is_found_without_sums_by_the_checkpoint(pair):
     assert "is not what" in finding
 
 
-def test_two_swapped_experts_are_found_by_the_sums(pair):
-    _change(pair[0], _swap, sums="old")
-    assert "model.safetensors: sha256 differs" in _findings(pair[0])[0]
+def test_two_swapped_experts_are_found_by_the_receipt_and_named(pair):
+    path, swapped = pair[0] / "model.safetensors", load_file(pair[0] / "model.safetensors")
+    _swap(swapped)
+    header = header_of(path)
+    entries = json.loads(header[8:])
+    del entries["__metadata__"]
+    ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+    path.write_bytes(header + b"".join(bytes(bytes_of(swapped[name])) for name in ordered))
+    named = [finding.split(" in ")[1].split(":")[0] for finding in _findings(pair[0])]
+    assert sorted(named) == sorted(EXPERT.format(0, expert, part) for expert in (0, 1) for part in ("w1", "w2", "w3"))
 
 
 def test_two_swapped_experts_are_found_by_the_checkpoint_and_named(pair):
@@ -121,7 +133,7 @@ def test_a_missing_shard_is_found(shard, tmp_path):
     consolidate(shard(), tmp_path / "out", max_shard_bytes=20_000)
     gone = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     gone.unlink()
-    assert any(f"{gone}: in {SUMS}, but missing" in finding for finding in _findings(tmp_path / "out"))
+    assert any(f"{gone}: in {RECEIPT}, but missing" in finding for finding in _findings(tmp_path / "out"))
     _sums(tmp_path / "out", "none")
     assert any(f"{gone}: named in {INDEX}, but missing" in finding for finding in _findings(tmp_path / "out"))
 
@@ -235,6 +247,10 @@ def test_a_rounded_model_passes_by_its_weights_and_tells_the_difference(pair, tm
 
 
 def test_a_file_that_the_sums_do_not_know_is_a_warning_and_a_path_outside_is_a_finding(pair):
+    (pair[0] / "notes.txt").write_text("x")
+    assert verify(pair[0]).warnings == [f"{pair[0] / 'notes.txt'}: is not in {RECEIPT}"]
+    (pair[0] / "notes.txt").unlink()
+    _sums(pair[0], "new")
     (pair[0] / "notes.txt").write_text("x")
     assert verify(pair[0]).warnings == [f"{pair[0] / 'notes.txt'}: is not in {SUMS}"]
     with (pair[0] / SUMS).open("a") as file:

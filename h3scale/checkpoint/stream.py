@@ -1,0 +1,201 @@
+"""Writes tensors from where they lie into safetensors files, block by block, on several threads.
+
+Bytes that need no change are copied by the kernel; others are read, converted and written a block at a time. Memory is
+that of the blocks, whatever the size of the model.
+"""
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+from typing import Any
+
+import torch
+
+from h3scale.checkpoint.extents import BLOCK_BYTES, Computed, Extent, Stored, bytes_of, read_into
+from h3scale.checkpoint.shard_files import ShardFile, TensorSpec
+from h3scale.checkpoint.shards import write_all
+from h3scale.errors import StorageError
+from h3scale.log import Progress
+
+PIECE_BYTES = 64 << 20  # of a tensor that nobody hashes, for one thread
+_SPARE_FILES = 64  # open files beside those that are read
+_NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)  # of file systems without copy_file_range
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write, and what its values are made of: `name` in the checkpoint, one of its experts if not None."""
+
+    spec: TensorSpec
+    source: Stored | Computed
+    name: str
+    expert: int | None = None
+
+    @property
+    def changes(self) -> bool:
+        return isinstance(self.source, Computed) or self.source.dtype != self.spec.dtype
+
+    @property
+    def extents(self) -> Iterator[Extent]:
+        sources = self.source.inputs.values() if isinstance(self.source, Computed) else [self.source]
+        return (extent for source in sources for extent in source.extents)
+
+
+Hashes = dict[str, list[str]]  # of each tensor: sha256 as written, and as read where the bytes changed
+
+
+class Writer:
+    """Writes shards with so many threads. `hashing`: the sha256 of every tensor, of unchanged bytes taken once."""
+
+    def __init__(self, outputs: dict[str, Output], workers: int, hashing: bool, fsync: bool, bar: Progress):
+        self.outputs, self.workers, self.hashing, self.fsync, self.bar = outputs, workers, hashing, fsync, bar
+        self.stopped = False
+        self._lock, self._local = threading.Lock(), threading.local()
+        self._sources: dict[Path, int] = {}
+        _allow_files({extent.path for output in outputs.values() for extent in output.extents})
+
+    def write(self, shard: ShardFile, path: Path) -> Hashes:
+        """Writes one shard; it is whole and on disk (`fsync`) when this returns. StorageError (74) when the disk refuses."""
+        try:
+            with path.open("wb", buffering=0) as file:
+                if shard.num_bytes:
+                    os.posix_fallocate(file.fileno(), 0, shard.num_bytes)  # a full disk says so now
+                write_all(file.fileno(), memoryview(shard.header), 0)
+                hashes = self._write_tensors(shard, file.fileno())
+                if self.fsync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
+        return hashes
+
+    def close(self) -> None:
+        """Closes the files that were read."""
+        for descriptor in self._sources.values():
+            os.close(descriptor)
+        self._sources.clear()
+
+    def _write_tensors(self, shard: ShardFile, target: int) -> Hashes:
+        tasks = [task for spec in shard.specs for task in self._tasks(self.outputs[spec.name], shard.offsets[spec.name])]
+        tasks.sort(key=lambda task: -task.source.numel)  # the largest first: no thread is left alone with it at the end
+        with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            done = [pool.submit(self._run, task, target) for task in tasks]
+            try:
+                hashed = {task.name: future.result() for task, future in zip(tasks, done, strict=True)}
+            except BaseException:
+                self.stopped = True  # a tensor may be large: who waits for Ctrl-C does not wait for it
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return {spec.name: hashed[spec.name] for spec in shard.specs} if self.hashing else {}
+
+    def _tasks(self, output: Output, at: int) -> Iterator["_Task"]:
+        """One task a tensor where it is hashed, from its first byte to its last; else pieces that threads share."""
+        spec, source = output.spec, output.source
+        if self.hashing or isinstance(source, Computed):
+            yield _Task(spec.name, source, spec.dtype, at, output.changes)
+            return
+        step = PIECE_BYTES // source.dtype.itemsize
+        for start in range(0, source.numel, step):
+            piece = source.flat(start, min(start + step, source.numel))
+            yield _Task(spec.name, piece, spec.dtype, at + start * spec.dtype.itemsize, output.changes)
+
+    def _run(self, task: "_Task", target: int) -> list[str]:
+        if not (self.hashing or task.changes):
+            self._copy(task, target)
+            return []
+        written, read = hashlib.sha256(), hashlib.sha256()
+        at = task.at
+        for block in self._blocks(task.source, read if self.hashing and task.changes else None):
+            values = bytes_of(block.to(task.dtype))
+            if self.hashing:
+                written.update(values)
+            write_all(target, values, at)
+            at += len(values)
+            self._advance(len(values))
+        if not task.changes:
+            return [written.hexdigest()]
+        return [written.hexdigest(), *([read.hexdigest()] if isinstance(task.source, Stored) else [])]
+
+    def _copy(self, task: "_Task", target: int) -> None:
+        assert isinstance(task.source, Stored)
+        at = task.at
+        for extent in task.source.extents:
+            source, done = self._open(extent.path), 0
+            while done < extent.num_bytes:
+                wanted = min(extent.num_bytes - done, PIECE_BYTES // 4)
+                count = self._copy_some(source, target, extent.offset + done, at + done, wanted, extent.path)
+                done += count
+                self._advance(count)
+            at += extent.num_bytes
+
+    def _copy_some(self, source: int, target: int, start: int, at: int, wanted: int, path: Path) -> int:
+        try:
+            count = os.copy_file_range(source, target, wanted, start, at)
+        except OSError as error:
+            if error.errno not in _NO_COPY:
+                raise
+            count = 0
+        if count == 0:  # not offered between these files, or the source has ended, which reading says
+            count = min(wanted, BLOCK_BYTES)
+            buffer = self._buffer[:count]
+            read_into(source, buffer, start, path)
+            write_all(target, buffer, at)
+        return count
+
+    def _blocks(self, source: Stored | Computed, read: Any) -> Iterator[torch.Tensor]:
+        """The values of a tensor in their order, in a buffer that the next block uses again."""
+        if isinstance(source, Computed):
+            yield from source.blocks()
+            return
+        for extent in source.extents:
+            descriptor = self._open(extent.path)
+            for start in range(0, extent.num_bytes, BLOCK_BYTES):
+                buffer = self._buffer[: min(BLOCK_BYTES, extent.num_bytes - start)]
+                read_into(descriptor, buffer, extent.offset + start, extent.path)
+                if read is not None:
+                    read.update(buffer)
+                yield torch.frombuffer(buffer, dtype=source.dtype)
+
+    @property
+    def _buffer(self) -> memoryview:
+        if not hasattr(self._local, "buffer"):
+            self._local.buffer = bytearray(BLOCK_BYTES)
+        return memoryview(self._local.buffer)
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._sources:
+                self._sources[path] = os.open(path, os.O_RDONLY)
+            return self._sources[path]
+
+    def _advance(self, num_bytes: int) -> None:
+        with self._lock:
+            self.bar.advance(num_bytes / 1e6)
+            if self.stopped:
+                raise InterruptedError(errno.EINTR, "another thread has failed")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A run of values to write at byte `at` of a shard."""
+
+    name: str
+    source: Stored | Computed
+    dtype: torch.dtype
+    at: int
+    changes: bool
+
+
+def _allow_files(paths: set[Path]) -> None:
+    """A checkpoint of a large run has more files than a process may open by default."""
+    soft, hard = getrlimit(RLIMIT_NOFILE)
+    wanted = len(paths) + _SPARE_FILES
+    if soft < wanted:
+        with suppress(ValueError, OSError):
+            setrlimit(RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))

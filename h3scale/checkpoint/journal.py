@@ -63,7 +63,9 @@ def resumed_folder(path: str | Path, key: str, force: bool = False, fsync: bool 
         _lock(lines, final)
         done = _done(lines, key, partial)
         partial.mkdir(exist_ok=True)
-        (partial / _UNFINISHED).unlink(missing_ok=True)
+        for path in partial.iterdir():
+            if path.name not in done:
+                path.unlink()
         try:
             yield Work(partial, lines, done, fsync)
         except H3Error as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.checkpoint.autoep_affine import make_autoep_placement_descriptor
 from measure import Row
 
 from h3scale.checkpoint.consolidate import expected_shapes, stored_as
@@ -50,7 +51,7 @@ def write_checkpoint(folder: Path, size: str, world_size: int, ep_size: int = 0,
 
 def _states(groups: list[Any], flat: list[torch.Tensor], rank: int, world_size: int, ep_size: int, adam: bool) -> tuple[Row, Row]:
     layers = sorted({name.rpartition(".")[0] for name in groups[-1][0]}) if ep_size else []
-    described = [_layer(prefix, i, rank % ep_size, ep_size) for i, prefix in enumerate(layers)]
+    described = [_layer(prefix, i, rank, ep_size, world_size // ep_size) for i, prefix in enumerate(layers)]
     model: Row = {
         "module": {},
         "buffer_names": [],
@@ -82,9 +83,10 @@ def _states(groups: list[Any], flat: list[torch.Tensor], rank: int, world_size: 
     return model, {"optimizer_state_dict": optim, "ds_version": "0.19.8"}
 
 
-def _layer(prefix: str, index: int, ep_rank: int, ep_size: int) -> Row:
+def _layer(prefix: str, index: int, rank: int, ep_size: int, edp_size: int) -> Row:
     local = NUM_EXPERTS // ep_size
-    placed = [{"rank": rank, "experts": list(range(rank * local, (rank + 1) * local))} for rank in range(ep_size)]
+    ep_rank, edp_rank = rank % ep_size, rank // ep_size
+    placed = [list(range(rank * local, (rank + 1) * local)) for rank in range(ep_size)]
     return {
         "moe_layer_id": index,
         "module_path": prefix.removesuffix(".experts"),
@@ -94,7 +96,11 @@ def _layer(prefix: str, index: int, ep_rank: int, ep_size: int) -> Row:
         "ep_size": ep_size,
         "ep_rank": ep_rank,
         "ep_group_name": f"ep_size_{ep_size}",
-        "expert_placement": {"ranks": placed},
+        "expert_placement": make_autoep_placement_descriptor(NUM_EXPERTS, placed),
+        "expert_data_parallel_rank": edp_rank,
+        "expert_data_parallel_world_size": edp_size,
+        "global_expert_start": ep_rank * local,
+        "global_expert_end": (ep_rank + 1) * local,
         "checkpoint_format": "zero3_partitioned",
         "checkpoint_format_version": 1,
     }

@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 
 from h3scale.checkpoint.consolidate import stored_as
@@ -73,15 +74,15 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def shard(model, weights, probe, tmp_path) -> Callable[..., Path]:
-    """Writes the model as a training checkpoint: shard(world_size=2, ep_size=2, frozen=..., placement=..., edit=...)."""
+    """Writes the model as a training checkpoint: shard(world_size=2, ep_size=2, stage=3, frozen=..., placement=..., edit=...)."""
 
-    def write(name: str = "run", step: int = 3, world_size: int = 2, ep_size: int = 2, **options: Any) -> Path:
+    def write(name: str = "run", step: int = 3, world_size: int = 2, ep_size: int = 2, stage: int = 3, **options: Any) -> Path:
         folder = tmp_path / name / f"step-{step:06d}"
         (folder / "model").mkdir(parents=True)
         for file in model.iterdir():
             if file.suffix != ".safetensors":
                 (folder / "model" / file.name).write_bytes(file.read_bytes())
-        write_zero3(folder / "deepspeed", stacked(weights), world_size, ep_size, **options)
+        (write_zero3 if stage == 3 else write_zero12)(folder / "deepspeed", stacked(weights), world_size, ep_size, **options)
         save_file(probe, folder / "probe.safetensors")
         write_manifest(folder, step, world_size, ep_size)
         return folder
@@ -197,3 +198,65 @@ def _layer(prefix: str, placement: list[list[int]], ep_rank: int) -> dict[str, A
         "checkpoint_format": "zero3_partitioned",
         "checkpoint_format_version": 1,
     }
+
+
+def write_zero12(
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    world_size: int,
+    ep_size: int,
+    frozen: Callable[[str], bool] = lambda name: ".mlp." not in name,
+    edit: Edit = lambda rank, model_state, optim_state: None,
+) -> None:
+    """The tag folder of DeepSpeed 0.19.8 under ZeRO-2; `edit` gets the one model state with each rank's optimizer state."""
+    folder.mkdir(parents=True)
+    local, edp_size = NUM_EXPERTS // ep_size, world_size // ep_size
+    trained = {name: values for name, values in tensors.items() if not frozen(name)}
+    prefixes = sorted({name.rpartition(".")[0] for name in tensors if ".experts." in name})
+    placement = [list(range(rank * local, (rank + 1) * local)) for rank in range(ep_size)]
+    files = {"checkpoint_format": "per_expert_files", "checkpoint_format_version": None}
+    layers = [
+        {**_layer(prefix, placement, 0), **files, "moe_layer_id": i, "module_path": prefix.removesuffix(".experts")}
+        for i, prefix in enumerate(prefixes)
+    ]
+    groups = [[name for name in trained if ".experts." not in name], [name for name in trained if ".experts." in name]]
+    groups = [names for names in groups if names]
+    module = {name: values.bfloat16() if name in trained else values for name, values in tensors.items() if ".experts." not in name}
+    seen = {name: values[: local if ".experts." in name else None] for name, values in trained.items()}  # by one rank
+    model_state = {
+        "module": module | {f"{layer['module_path']}.gate.gate.weight": torch.zeros(1) for layer in layers},
+        "param_shapes": [{name: seen[name].shape for name in names} for names in groups],
+        "shared_params": {"lm_head.weight": "model.embed_tokens.weight"},
+        "dp_world_size": world_size,
+        "ds_autoep_layers": layers,
+    }
+    for rank in range(world_size):
+        optim_state: dict[str, Any] = {"zero_stage": ZeroStageEnum.gradients, "single_partition_of_fp32_groups": []}
+        optim_state["param_slice_mappings"] = []
+        for names in groups:
+            is_expert = ".experts." in names[0]
+            held = {name: trained[name][placement[rank % ep_size]] if is_expert else trained[name] for name in names}
+            count, index = (edp_size, rank // ep_size) if is_expert else (world_size, rank)
+            values, mapping = _partition(held, count, index)
+            optim_state["single_partition_of_fp32_groups"].append(values)
+            optim_state["param_slice_mappings"].append(mapping)
+        edit(rank, model_state, optim_state)
+        torch.save({"optimizer_state_dict": optim_state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    torch.save(model_state, folder / "mp_rank_00_model_states.pt")
+    for i, prefix in enumerate(prefixes):
+        for expert in range(NUM_EXPERTS):
+            states = {f"{prefix}.{w}.{expert}": tensors[f"{prefix}.{w}"][expert].clone() for w in ("w1", "w2", "w3")}
+            torch.save(states, folder / f"layer_{i}_expert_{expert}_mp_rank_00_model_states.pt")
+
+
+def _partition(held: dict[str, torch.Tensor], count: int, index: int) -> tuple[torch.Tensor, dict[str, fragment_address]]:
+    """A rank's part of the tensors laid one after another, and where in it each one's piece is."""
+    flat = torch.cat([values.flatten() for values in held.values()])
+    size = -(-flat.numel() // count)
+    mapping, start = {}, 0
+    for name, values in held.items():
+        first, stop = max(start, index * size), min(start + values.numel(), (index + 1) * size)
+        if first < stop:
+            mapping[name] = fragment_address(numel=stop - first, start=first - index * size)
+        start += values.numel()
+    return part(flat, index, count), mapping

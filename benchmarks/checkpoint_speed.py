@@ -1,6 +1,7 @@
 """Seconds of a consolidation beside those of other tools and of plain copies, and how its memory grows with the model."""
 
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -13,66 +14,50 @@ from measure import Row
 from ranks import Peaks, Ranks
 from safetensors import safe_open
 
-from h3scale.checkpoint.shard_files import header_of
+from h3scale.checkpoint.shard_files import WEIGHTS, header_of
 
 SCRIPT = str(Path(__file__).with_name("checkpoint_tools.py"))
 ROUNDS = 5
 WORLD_SIZE = 4
-Case = tuple[str, str, Row]  # what it is called, who does it, what is asked
 
 
 def dense(tiny: bool, work: Path) -> list[Row]:
     """A dense ZeRO-3 checkpoint: fp32 beside cp of the output, bf16 beside cp of the input, zero_to_fp32 for both."""
     folder = work / "checkpoint"
     num_parameters = write_checkpoint(folder, "tiny" if tiny else "0.3 B", WORLD_SIZE)
-    outs = {name: str(work / name.replace(" ", "-").replace(",", "")) for name in _NAMES}
-    ask: dict[str, Case] = {
-        "h3scale, fp32": (OURS, OURS, {"dtype": "float32"}),
-        "h3scale, bf16": (OURS, OURS, {"dtype": "bfloat16"}),
-        "h3scale, fp32, receipt": (OURS, OURS, {"dtype": "float32", "receipt": True}),
-        "h3scale, bf16, receipt": (OURS, OURS, {"dtype": "bfloat16", "receipt": True}),
-        "cp of the output": (FLOOR, FLOOR, {"files": [f"{outs['h3scale, fp32']}/model.safetensors"]}),
-        "cp of the output, sha256": (FLOOR, FLOOR, {"files": [f"{outs['h3scale, fp32']}/model.safetensors"], "hash": True}),
-        "cp of the input": (FLOOR, FLOOR, {"files": sorted(map(str, (folder / TAG).glob("*_optim_states.pt")))}),
-        "zero_to_fp32, fp32": (ZERO_TO_FP32, ZERO_TO_FP32, {"dtype": "float32"}),
-        "zero_to_fp32, bf16": (ZERO_TO_FP32, ZERO_TO_FP32, {"dtype": "bfloat16"}),
+    output = work / "output"
+    with Ranks(SCRIPT, [OURS, str(folder)]) as ranks:  # what cp is to copy
+        ranks.ask(json.dumps({"dtype": "float32", "out": str(output)}))
+    copy = {"files": [str(output / WEIGHTS)]}
+    ask: dict[str, tuple[str, Row]] = {
+        "h3scale, fp32": (OURS, {"dtype": "float32"}),
+        "cp of the output": (FLOOR, copy),
+        "h3scale, bf16": (OURS, {"dtype": "bfloat16"}),
+        "cp of the input": (FLOOR, {"files": sorted(map(str, (folder / TAG).glob("*_optim_states.pt")))}),
+        "h3scale, fp32, receipt": (OURS, {"dtype": "float32", "receipt": True}),
+        "cp of the output, sha256 of it": (FLOOR, copy | {"hash": True}),
+        "h3scale, bf16, receipt": (OURS, {"dtype": "bfloat16", "receipt": True}),
+        "zero_to_fp32, fp32": (ZERO_TO_FP32, {"dtype": "float32"}),
+        "zero_to_fp32, bf16": (ZERO_TO_FP32, {"dtype": "bfloat16"}),
     }
-    timings = _interleaved(folder, {name: (way, asked | {"out": outs[name]}) for name, (_, way, asked) in ask.items()}, tiny)
-    for dtype in ("fp32", "bf16"):
-        _check_equal(Path(outs[f"h3scale, {dtype}"]), Path(outs[f"zero_to_fp32, {dtype}"]))
+    equal = [(f"h3scale, {dtype}", f"zero_to_fp32, {dtype}") for dtype in ("fp32", "bf16")]
+    seconds, _ = _interleaved(folder, work, ask, equal, tiny)
     against = {
         "h3scale, fp32": ("cp of the output", "zero_to_fp32, fp32"),
         "h3scale, bf16": ("cp of the input", "zero_to_fp32, bf16"),
-        "h3scale, fp32, receipt": ("cp of the output, sha256",),
+        "h3scale, fp32, receipt": ("cp of the output, sha256 of it",),
     }
-    return _rows(timings, num_parameters, against)
-
-
-_NAMES = (
-    "h3scale, fp32",
-    "h3scale, bf16",
-    "h3scale, fp32, receipt",
-    "h3scale, bf16, receipt",
-    "cp of the output",
-    "cp of the output, sha256",
-    "cp of the input",
-    "zero_to_fp32, fp32",
-    "zero_to_fp32, bf16",
-)
+    return _rows(seconds, num_parameters, against)
 
 
 def experts(tiny: bool, work: Path) -> list[Row]:
     """An AutoEP ZeRO-3 checkpoint with Adam's moments, experts over two ranks and their two replicas."""
     folder = work / "checkpoint"
     num_parameters = write_checkpoint(folder, "tiny" if tiny else "0.1 B", WORLD_SIZE, ep_size=2, adam=True)
-    ask = {OURS: (OURS, {"dtype": "float32", "out": str(work / "ours")}), UNIVERSAL: (UNIVERSAL, {"out": str(work / "theirs")})}
-    timings = _interleaved(folder, ask, tiny)
-    _check_equal(work / "ours", work / "theirs")
-    rows = _rows(timings, num_parameters, {OURS: (UNIVERSAL,)})
-    weights = (work / "ours" / "model.safetensors").stat().st_size
-    for row, out in zip(rows, ("ours", "theirs"), strict=True):
-        row["extra_disk_mb"] = (sum(p.stat().st_size for p in (work / out).rglob("*") if p.is_file()) - weights) / 1e6
-    return rows
+    ask = {OURS: (OURS, {"dtype": "float32"}), UNIVERSAL: (UNIVERSAL, {})}
+    seconds, sizes = _interleaved(folder, work, ask, [(OURS, UNIVERSAL)], tiny)
+    rows = _rows(seconds, num_parameters, {OURS: (UNIVERSAL,)})
+    return [row | {"mb_on_disk": sizes[name] / 1e6} for row, name in zip(rows, sizes, strict=True)]
 
 
 def memory(tiny: bool, work: Path) -> list[Row]:
@@ -110,20 +95,34 @@ def _memory_before(work: Path, dtype: str) -> float:
     return max(peaks.mib[0], held[0])
 
 
-def _interleaved(folder: Path, ask: dict[str, tuple[str, Row]], tiny: bool) -> dict[str, list[float]]:
-    """Seconds of each round after one that is not counted; the files are in memory from then on."""
+def _interleaved(
+    folder: Path, work: Path, ask: dict[str, tuple[str, Row]], equal: list[tuple[str, str]], tiny: bool
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each round, and bytes that each leaves. Before them a round that is not counted, in which results must be equal.
+
+    What was written is deleted before the next one's turn: else all wait for a disk that none is asked to wait for.
+    """
     workers = {way: Ranks(SCRIPT, [way, str(folder)]) for way in {way for way, _ in ask.values()}}
+    outs = {name: work / f"out-{i}" for i, name in enumerate(ask)}
+    questions = {name: (way, json.dumps(asked | {"out": str(outs[name])})) for name, (way, asked) in ask.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ask}
     try:
-        for round_number in range(1 + (1 if tiny else ROUNDS)):
-            for name, (way, question) in ask.items():
-                answer = workers[way].ask(json.dumps(question))[0]
-                if round_number:
-                    seconds[name].append(answer["wall_s"])
+        for way, question in questions.values():
+            workers[way].ask(question)
+        for ours, theirs in equal:
+            _check_equal(outs[ours], outs[theirs])
+        sizes = {name: sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) for name, out in outs.items()}
+        for out in outs.values():
+            shutil.rmtree(out)
+        os.sync()
+        for _ in range(1 if tiny else ROUNDS):
+            for name, (way, question) in questions.items():
+                seconds[name].append(workers[way].ask(question)[0]["wall_s"])
+                shutil.rmtree(outs[name])
     finally:
         for each in workers.values():
             each.__exit__(None, None, None)
-    return seconds
+    return seconds, sizes
 
 
 def _rows(seconds: dict[str, list[float]], num_parameters: int, against: dict[str, tuple[str, ...]]) -> list[Row]:

@@ -1,17 +1,11 @@
-"""From a training checkpoint to a Hugging Face folder in hub layout: every tensor exactly once, or nothing at all.
-
-A training checkpoint is `checkpoints/NAME/step-000120/` with `deepspeed/` (DeepSpeed's tag folder), `model/` (config,
-tokenizer), `probe.safetensors` (an input and the engine's logits on it) and `manifest.json` (sizes and sha256).
-"""
+"""From a training checkpoint to a Hugging Face folder in hub layout: every tensor exactly once, or nothing at all."""
 
 import hashlib
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +16,19 @@ from h3scale.checkpoint.journal import Work, check_space, resumed_folder
 from h3scale.checkpoint.lora import open_weights
 from h3scale.checkpoint.receipt import RECEIPT, check_disjoint, make_receipt, sha256
 from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
-from h3scale.checkpoint.shards import check_output, copy_tokenizer, read_json, write_descriptions, write_json
+from h3scale.checkpoint.shards import TOKENIZER_FILES, check_output, copy_tokenizer, write_descriptions, write_json
 from h3scale.checkpoint.stream import Hashes, Output, Writer
-from h3scale.checkpoint.tag_folder import UNIVERSAL
-from h3scale.errors import DataError, MissingInputError, UnsafeError, UsageError
-from h3scale.log import progress
+from h3scale.checkpoint.training_checkpoint import TrainingCheckpoint, find_checkpoint
+from h3scale.errors import DataError, UsageError
+from h3scale.log import logger, progress
 from h3scale.model import names
 from h3scale.model.families import as_published, expert_size, num_experts
 
-MANIFEST = "manifest.json"
-PROBE = "probe.safetensors"
 SUMS = "SHA256SUMS"
 GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_WORKERS = 8  # more threads do not make a disk faster
 _LISTED = 20  # findings of one kind that are written out; the rest is counted
-
-
-@dataclass(frozen=True)
-class TrainingCheckpoint:
-    """One step of a run, found on disk. A bare DeepSpeed tag folder has no manifest and no probe."""
-
-    path: Path
-    deepspeed: Path
-    model: Path
-    manifest: dict[str, Any] | None
-
-    @property
-    def probe(self) -> Path | None:
-        path = self.path / PROBE
-        return path if self.manifest is not None and path.is_file() else None
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        return read_json(self.model / "config.json")
-
-    def check_sizes(self) -> None:
-        """DataError (65) naming every file of the manifest that is missing or has another size."""
-        findings = []
-        for name, entry in self._listed():
-            path = self.path / name
-            if not path.is_file():
-                findings.append(f"{path}: in {MANIFEST}, but missing")
-            elif path.stat().st_size != entry["size"]:
-                findings.append(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry['size']}")
-        if findings:
-            raise DataError(findings)
-
-    def check_hashes(self, part: int = 0, parts: int = 1) -> list[str]:
-        """A finding for each file of the manifest whose sha256 is another one; reads everything (about 1 GB/s).
-
-        Every `parts`-th file from `part` on, for several processes that share the work.
-        """
-        self.check_sizes()
-        return [
-            f"{self.path / name}: sha256 differs from {MANIFEST}: the file has changed since it was saved"
-            for name, entry in self._listed()[part::parts]
-            if sha256(self.path / name) != entry["sha256"]
-        ]
-
-    def _listed(self) -> list[tuple[str, dict[str, Any]]]:
-        files = (self.manifest or {}).get("files", {})
-        for name in files:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UnsafeError(f"{self.path / MANIFEST}: names '{name}', outside the checkpoint")
-        return sorted(files.items())
 
 
 @dataclass(frozen=True)
@@ -106,33 +48,6 @@ class Summary:
     duration_s: float
 
 
-def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -> TrainingCheckpoint:
-    """The checkpoint that `source` names: a step folder, a run folder, or a DeepSpeed tag folder.
-
-    Of a run's steps it is the one that its manifest calls the best (evaluation.keep_best), else the newest.
-
-    A tag folder needs `config_from`, a folder with config.json. Raises MissingInputError (66) with what would work.
-    """
-    path = Path(source)
-    if not path.is_dir():
-        raise MissingInputError(f"{path}: no such checkpoint folder")
-    if not (path / MANIFEST).is_file():
-        steps = [p for p in path.iterdir() if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
-        if steps:
-            best = [p for p in steps if read_json(p / MANIFEST).get("best")]
-            path = max(best or steps, key=lambda p: int(p.name.removeprefix("step-")))
-    if (path / MANIFEST).is_file():
-        model = Path(config_from) if config_from else path / "model"
-        return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))
-    if any(path.glob("*_states.pt")) or (path / UNIVERSAL).is_dir():
-        if config_from is None:
-            raise MissingInputError(f"{path}: a bare DeepSpeed folder has no config.json (works: --config-from MODEL_FOLDER)")
-        return TrainingCheckpoint(path, path, Path(config_from), None)
-    raise MissingInputError(
-        f"{path}: no checkpoint (works: a folder with {MANIFEST}, a run folder with step-* in it, a tag folder)"
-    )
-
-
 @dataclass(frozen=True)
 class Options:
     """How a model is written. `only`: a pattern of names, as of a shell. `receipt`: None for none."""
@@ -147,6 +62,10 @@ class Options:
     @property
     def num_workers(self) -> int:
         return self.workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+    @property
+    def receipt_is_inside(self) -> bool:
+        return Path(str(self.receipt)).name == str(self.receipt)
 
 
 def consolidate(
@@ -175,13 +94,10 @@ def consolidate(
         check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
         hashes = _write_shards(work, shards, outputs, how)
         write_descriptions(work.folder, _final_config(checkpoint.config, how.dtype), shards)
-        copy_tokenizer(checkpoint.model, work.folder)
-        if (checkpoint.model / GENERATION).is_file():
-            shutil.copyfile(checkpoint.model / GENERATION, work.folder / GENERATION)
+        _copy_extras(checkpoint.model, work.folder, target)
         if how.receipt is not None:
-            inside = work.folder / how.receipt if Path(how.receipt).name == str(how.receipt) else None
             receipt = make_receipt(work.folder, _about(checkpoint, weights, Path(target), how), shards, outputs, hashes)
-            write_json(inside or Path(how.receipt), receipt)
+            write_json(work.folder / how.receipt if how.receipt_is_inside else Path(how.receipt), receipt)
     specs = [output.spec for output in outputs.values()]
     return Summary(
         target=Path(target),
@@ -213,6 +129,15 @@ def _outputs(checkpoint: TrainingCheckpoint, weights: Weights, how: Options) -> 
     return chosen
 
 
+def _copy_extras(model: Path, folder: Path, target: str | Path) -> None:
+    """The tokenizer and the generation config, where there are any."""
+    if not any((model / name).is_file() for name in TOKENIZER_FILES):
+        logger.warning("%s: has no tokenizer, so %s has none", model, target)
+    copy_tokenizer(model, folder)
+    if (model / GENERATION).is_file():
+        shutil.copyfile(model / GENERATION, folder / GENERATION)
+
+
 def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output], how: Options) -> Hashes:
     hashes: Hashes = {}
     before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
@@ -238,11 +163,9 @@ def _key(checkpoint: TrainingCheckpoint, outputs: dict[str, Output], shards: lis
 
 
 def _about(checkpoint: TrainingCheckpoint, weights: Weights, target: Path, how: Options) -> dict[str, Any]:
-    receipt = Path(how.receipt or RECEIPT)
-    inside = receipt.name == str(receipt)
     return {
         "source": str(checkpoint.path),
-        "model": "." if inside else os.path.relpath(target, receipt.parent),
+        "model": "." if how.receipt_is_inside else os.path.relpath(target, Path(str(how.receipt)).parent),
         "kind": weights.kind,
         "step": (checkpoint.manifest or {}).get("step"),
         "world_size": weights.world_size,

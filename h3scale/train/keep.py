@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from h3scale.checkpoint.consolidate import MANIFEST
 from h3scale.checkpoint.shards import check_output, read_json, sync
+from h3scale.checkpoint.training_checkpoint import MANIFEST
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.errors import DivergedError, OutputError

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from h3scale.checkpoint.consolidate import MANIFEST
 from h3scale.checkpoint.shards import check_output, read_json
+from h3scale.checkpoint.training_checkpoint import MANIFEST
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder

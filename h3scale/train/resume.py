@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from h3scale.checkpoint.consolidate import MANIFEST, find_checkpoint
 from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.training_checkpoint import MANIFEST, find_checkpoint
 from h3scale.config.deepspeed import read_deepspeed
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader

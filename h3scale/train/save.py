@@ -10,8 +10,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from h3scale import __version__
-from h3scale.checkpoint.consolidate import MANIFEST, expected_shapes, stored_as
+from h3scale.checkpoint.consolidate import expected_shapes, stored_as
 from h3scale.checkpoint.shards import TensorSpec, new_folder, read_json, write_json, write_model
+from h3scale.checkpoint.training_checkpoint import MANIFEST
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.data.tokenizer import save_tokenizer

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from h3scale.checkpoint import extents, stream
-from h3scale.checkpoint.consolidate import consolidate, expected_shapes, find_checkpoint
+from h3scale.checkpoint.consolidate import consolidate, expected_shapes
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
+from h3scale.checkpoint.training_checkpoint import find_checkpoint
 from h3scale.checkpoint.zero import open_deepspeed
 from h3scale.cli.checkpoint import app, parse_size
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError, UsageError

@@ -1,0 +1,96 @@
+"""Training checkpoints on disk: found, and their files as their manifest says.
+
+One is `checkpoints/NAME/step-000120/` with `deepspeed/` (DeepSpeed's tag folder), `model/` (config, tokenizer),
+`probe.safetensors` (an input and the engine's logits on it) and `manifest.json` (sizes and sha256).
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from h3scale.checkpoint.receipt import sha256
+from h3scale.checkpoint.shards import read_json
+from h3scale.checkpoint.tag_folder import UNIVERSAL
+from h3scale.errors import DataError, MissingInputError, UnsafeError
+
+MANIFEST = "manifest.json"
+PROBE = "probe.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """One step of a run, found on disk. A bare DeepSpeed tag folder has no manifest and no probe."""
+
+    path: Path
+    deepspeed: Path
+    model: Path
+    manifest: dict[str, Any] | None
+
+    @property
+    def probe(self) -> Path | None:
+        path = self.path / PROBE
+        return path if self.manifest is not None and path.is_file() else None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.model / "config.json")
+
+    def check_sizes(self) -> None:
+        """DataError (65) naming every file of the manifest that is missing or has another size."""
+        findings = []
+        for name, entry in self._listed():
+            path = self.path / name
+            if not path.is_file():
+                findings.append(f"{path}: in {MANIFEST}, but missing")
+            elif path.stat().st_size != entry["size"]:
+                findings.append(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry['size']}")
+        if findings:
+            raise DataError(findings)
+
+    def check_hashes(self, part: int = 0, parts: int = 1) -> list[str]:
+        """A finding for each file of the manifest whose sha256 is another one; reads everything (about 1 GB/s).
+
+        Every `parts`-th file from `part` on, for several processes that share the work.
+        """
+        self.check_sizes()
+        return [
+            f"{self.path / name}: sha256 differs from {MANIFEST}: the file has changed since it was saved"
+            for name, entry in self._listed()[part::parts]
+            if sha256(self.path / name) != entry["sha256"]
+        ]
+
+    def _listed(self) -> list[tuple[str, dict[str, Any]]]:
+        files = (self.manifest or {}).get("files", {})
+        for name in files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UnsafeError(f"{self.path / MANIFEST}: names '{name}', outside the checkpoint")
+        return sorted(files.items())
+
+
+def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -> TrainingCheckpoint:
+    """The checkpoint that `source` names: a step folder, a run folder, or a DeepSpeed tag folder.
+
+    Of a run's steps it is the one that its manifest calls the best (evaluation.keep_best), else the newest.
+
+    A tag folder needs `config_from`, a folder with config.json. Raises MissingInputError (66) with what would work.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        raise MissingInputError(f"{path}: no such checkpoint folder")
+    if not (path / MANIFEST).is_file():
+        steps = [p for p in path.iterdir() if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
+        if steps:
+            best = [p for p in steps if read_json(p / MANIFEST).get("best")]
+            path = max(best or steps, key=lambda p: int(p.name.removeprefix("step-")))
+    if (path / MANIFEST).is_file():
+        model = Path(config_from) if config_from else path / "model"
+        return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))
+    if any(path.glob("*_states.pt")) or (path / UNIVERSAL).is_dir():
+        if config_from is None:
+            raise MissingInputError(f"{path}: a bare DeepSpeed folder has no config.json (works: --config-from MODEL_FOLDER)")
+        return TrainingCheckpoint(path, path, Path(config_from), None)
+    raise MissingInputError(
+        f"{path}: no checkpoint (works: a folder with {MANIFEST}, a run folder with step-* in it, a tag folder)"
+    )

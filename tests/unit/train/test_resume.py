@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_read_is_damage(one_rank: None, tmp_path: Path, mo
         raise OSError(5, "Input/output error", "file")
 
     checkpoint(tmp_path, "resume-000001")
-    monkeypatch.setattr("h3scale.checkpoint.consolidate.sha256", broken)
+    monkeypatch.setattr("h3scale.checkpoint.training_checkpoint.sha256", broken)
     with pytest.raises(DataError, match=r"file: Input/output error\n.*no checkpoint in it is whole"):
         open_run_folder(ALONE, tmp_path, False)
 

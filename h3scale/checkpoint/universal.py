@@ -15,10 +15,10 @@ from h3scale.checkpoint.zero import Parts, buffers, frozen_parts, is_rounded
 from h3scale.checkpoint.zero12 import router_aliases
 from h3scale.errors import DataError, MissingInputError
 
-VALUES = "fp32.pt"
+VALUES = "fp32"
 
 
-def read_universal(files: TagFolder) -> Weights:
+def read_universal(files: TagFolder, moment: str | None = None) -> Weights:
     """A folder that ds_to_universal made."""
     assert files.universal
     models = [TorchFile(path) for path in ([files.whole] if files.whole else files.by_rank("model")[0])]
@@ -27,9 +27,9 @@ def read_universal(files: TagFolder) -> Weights:
     first = models[0].states
     aliases = dict(first.get("shared_params") or {}) | router_aliases(first)
     shapes = {name: tuple(shape) for group in first.get("param_shapes") or [] for name, shape in group.items()}
-    entries = buffers(models[0]) | _frozen([] if files.whole else models, files.path)
+    entries = {} if moment else buffers(models[0]) | _frozen([] if files.whole else models, files.path)
     for folder in sorted(path for path in files.universal.iterdir() if path.is_dir() and path.name not in aliases):
-        entries[folder.name] = _parameter(folder, shapes.get(folder.name))
+        entries[folder.name] = _parameter(folder / f"{moment or VALUES}.pt", shapes.get(folder.name))
     layers = first.get("ds_autoep_layers") or []
     return Weights(
         folder=files.path,
@@ -42,8 +42,7 @@ def read_universal(files: TagFolder) -> Weights:
     )
 
 
-def _parameter(folder: Path, shape: tuple[int, ...] | None) -> Stored:
-    path = folder / VALUES
+def _parameter(path: Path, shape: tuple[int, ...] | None) -> Stored:
     if not path.is_file():
         raise MissingInputError(f"{path}: no such file")
     file = TorchFile(path)

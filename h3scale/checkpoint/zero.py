@@ -28,8 +28,8 @@ from h3scale.errors import DataError
 DENSE = 0  # the place of a tensor that every EP rank has a part of
 
 
-def open_deepspeed(folder: str | Path) -> Weights:
-    """The tensors of a tag folder of DeepSpeed.
+def open_deepspeed(folder: str | Path, moment: str | None = None) -> Weights:
+    """The tensors of a tag folder of DeepSpeed, or AdamW's `moment` ("exp_avg", "exp_avg_sq") of those that are trained.
 
     Raises MissingInputError (66) when the folder or a rank's file is missing, DataError (65) when the files are broken or
     do not belong together, UnsafeError (77) when a pickle wants more than plain values.
@@ -41,7 +41,7 @@ def open_deepspeed(folder: str | Path) -> Weights:
     first = TorchFile(files.whole or files.model[min(files.model)]) if files.whole or files.model else None
     reader = read_universal if files.universal else read_zero12 if files.whole else read_zero3
     try:
-        return reader(files)
+        return reader(files, moment)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         version = first.states.get("ds_version") if first and isinstance(first.states, dict) else None
         raise DataError(f"{folder}: not laid out as deepspeed 0.19 does ({error!r}); written by {version}") from error
@@ -79,7 +79,7 @@ class Parts:
         return joined([self.parts[part] for part in range(self.num_parts)], self.shape)
 
 
-def read_zero3(files: TagFolder) -> Weights:
+def read_zero3(files: TagFolder, moment: str | None = None) -> Weights:
     """A ZeRO-3 tag folder."""
     models, optims = ([TorchFile(path) for path in paths] for paths in files.by_rank("model", "optim"))
     check_world(models, files.path, len(models))
@@ -88,7 +88,8 @@ def read_zero3(files: TagFolder) -> Weights:
     for rank, (model, optim) in enumerate(zip(models, optims, strict=True)):
         _check_stage(optim)
         here = expert_layers(model.states, True, model.path)
-        for part in (*_trained(rank, model, optim, len(models)), *frozen_parts(rank, model, len(models))):
+        frozen = () if moment else frozen_parts(rank, model, len(models))
+        for part in (*_trained(rank, model, optim, len(models), moment), *frozen):
             prefix = part.name.rpartition(".")[0]
             if part.is_expert and prefix not in here:
                 raise DataError(f"{part.where}: {part.name} is an expert that ds_autoep_layers does not name")
@@ -103,7 +104,7 @@ def read_zero3(files: TagFolder) -> Weights:
         world_size=len(models),
         ep_size=max((layer.ep_size for layer in layers.values()), default=1),
         is_rounded=is_rounded(first.states),
-        entries=_assembled(found, layers, files.path) | buffers(first),
+        entries=_assembled(found, layers, files.path) | ({} if moment else buffers(first)),
         aliases=dict(first.states.get("shared_params") or {}),
     )
 
@@ -130,9 +131,11 @@ class _Part:
     where: Path
 
 
-def _trained(rank: int, model: TorchFile, optim: TorchFile, world_size: int) -> Iterator[_Part]:
+def _trained(rank: int, model: TorchFile, optim: TorchFile, world_size: int, moment: str | None) -> Iterator[_Part]:
     shapes = model.get("param_shapes")
     groups = optim.get("optimizer_state_dict", "fp32_flat_groups")
+    if moment:
+        groups = moments(optim, optim.get("optimizer_state_dict", "optimizer_state_dict"), moment, len(groups))
     partitions = optim.states["optimizer_state_dict"].get("ds_zero_partition_groups") or [{}] * len(groups)
     if not len(shapes) == len(groups) == len(partitions):
         raise DataError(f"{optim.path}: {len(groups)} groups of values for {len(shapes)} groups of names")
@@ -148,6 +151,14 @@ def _trained(rank: int, model: TorchFile, optim: TorchFile, world_size: int) -> 
             is_expert = "autoep_expert" in partition.get("families", ())
             yield _Part(name, tuple(shape), count, index, group.flat(start, stop), is_expert, optim.path)
             start = stop
+
+
+def moments(optim: TorchFile, states: dict[str, Any], moment: str, num_groups: int) -> list[Any]:
+    """A moment of each flat group, in their order. DataError (65) where the optimizer has none (no step yet, not AdamW)."""
+    found = [states["state"].get(group, {}).get(moment) for group in range(num_groups)]
+    if any(values is None for values in found):
+        raise DataError(f"{optim.path}: has no {moment} of each group (works: a checkpoint after a step of AdamW)")
+    return found
 
 
 def frozen_parts(rank: int, model: TorchFile, world_size: int) -> Iterator[_Part]:

@@ -17,13 +17,13 @@ from h3scale.checkpoint.autoep import ExpertLayer, expert_layers
 from h3scale.checkpoint.extents import Stored, Weights, joined
 from h3scale.checkpoint.tag_folder import TagFolder, check_world
 from h3scale.checkpoint.torch_files import TorchFile
-from h3scale.checkpoint.zero import is_rounded
+from h3scale.checkpoint.zero import is_rounded, moments
 from h3scale.errors import DataError, MissingInputError
 
 PROJECTIONS = ("w1", "w2", "w3")  # of an AutoEP layer's experts
 
 
-def read_zero12(files: TagFolder) -> Weights:
+def read_zero12(files: TagFolder, moment: str | None = None) -> Weights:
     """A ZeRO-1 or ZeRO-2 tag folder."""
     assert files.whole
     model = TorchFile(files.whole)
@@ -34,10 +34,12 @@ def read_zero12(files: TagFolder) -> Weights:
     layers = expert_layers(model.states, False, model.path)
     aliases = dict(model.states.get("shared_params") or {}) | router_aliases(model.states)
     ep_size = max((layer.ep_size for layer in layers.values()), default=1)
-    entries = _trained(model, optims, layers, ep_size)
-    for name, values in model.get("module").items():
-        if name not in entries and name not in aliases:
-            entries[name] = model.stored(values)  # frozen, or a buffer
+    entries = _trained(model, optims, layers, ep_size, moment)
+    if not moment:
+        for name, values in model.get("module").items():
+            if name not in entries and name not in aliases:
+                entries[name] = model.stored(values)  # frozen, or a buffer
+        entries |= _frozen_experts(files, layers, entries)
     stage = int(optims[0].get("optimizer_state_dict").get("zero_stage", 1))  # the optimizer of bf16 with fp32 sums does not say
     return Weights(
         folder=files.path,
@@ -45,7 +47,7 @@ def read_zero12(files: TagFolder) -> Weights:
         world_size=len(optims),
         ep_size=ep_size,
         is_rounded=is_rounded(optims[0].states),
-        entries=entries | _frozen_experts(files, layers, entries),
+        entries=entries,
         aliases=aliases,
     )
 
@@ -56,14 +58,16 @@ def router_aliases(states: dict[str, Any]) -> dict[str, str]:
     return {f"{path}.gate.gate.weight": f"{path}.router.gate.weight" for path in paths}
 
 
-def _trained(model: TorchFile, optims: list[TorchFile], layers: dict[str, ExpertLayer], ep_size: int) -> dict[str, Stored]:
+def _trained(
+    model: TorchFile, optims: list[TorchFile], layers: dict[str, ExpertLayer], ep_size: int, moment: str | None
+) -> dict[str, Stored]:
     data_first = (optims[0].states.get("ds_config") or {}).get("use_data_before_expert_parallelism", False)
     edp_size = len(optims) // ep_size
     shapes = model.get("param_shapes")
     pieces: dict[str, dict[int, list[Stored]]] = {}  # by name, then by EP rank
     for rank, optim in enumerate(optims):
         ep_rank = rank // edp_size if data_first else rank % ep_size
-        for name, piece in _pieces(optim, len(shapes)):
+        for name, piece in _pieces(optim, len(shapes), moment):
             place = ep_rank if name.rpartition(".")[0] in layers else 0
             pieces.setdefault(name, {}).setdefault(place, []).append(piece)
     entries = {}
@@ -79,8 +83,10 @@ def _trained(model: TorchFile, optims: list[TorchFile], layers: dict[str, Expert
     return entries
 
 
-def _pieces(optim: TorchFile, num_groups: int) -> list[tuple[str, Stored]]:
+def _pieces(optim: TorchFile, num_groups: int, moment: str | None) -> list[tuple[str, Stored]]:
     groups = optim.get("optimizer_state_dict", "single_partition_of_fp32_groups")
+    if moment:
+        groups = moments(optim, optim.get("optimizer_state_dict", "base_optimizer_state"), moment, len(groups))
     mappings = optim.get("optimizer_state_dict", "param_slice_mappings")
     if not len(groups) == len(mappings) == num_groups:
         raise DataError(f"{optim.path}: {len(groups)} groups of values for {num_groups} groups of names")

@@ -1,6 +1,7 @@
 """Going on with a run that has not ended: which of its checkpoints, whether it is still the same run, and what it was like there.
 
-On as many ranks, the same ep_size and ZeRO stage, a run that goes on gives the same bits as one that was never interrupted.
+On as many ranks, the same ep_size and ZeRO stage, a run that goes on gives the same bits as one that was never interrupted; on
+others the same records in the same order, and the same losses but for rounding.
 """
 
 import hashlib
@@ -27,12 +28,17 @@ from h3scale.exit_status import EXIT_STATUS, checkpoints_in, this_attempt
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
+from h3scale.train.reshard import load_shards
 from h3scale.train.run_facts import FACTS
 
 LIBRARIES = ("h3scale", "torch", "deepspeed", "transformers")
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file
 # What may change without anybody being asked: it changes neither the order of the records nor the losses.
-FREE = ("out", "ranks", "model", "tokenizer", "deepspeed", "tracking", "save", "guards", "collective_timeout_s", "data.prepared")
+FREE = (
+    *("out", "ranks", "ep_size", "rows_per_micro_batch", "model", "tokenizer", "deepspeed"),
+    *("tracking", "save", "guards", "collective_timeout_s", "data.prepared"),
+)
+STAGES = ((0,), (1, 2), (3,))  # of which the runs keep checkpoints and models alike
 SHOWN = 12
 
 
@@ -100,18 +106,17 @@ def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
     if not allow_change:
         advice = "works: as it was, --allow-change to go on with what is new, --from-scratch to begin again"
         raise ConfigError([*(f"since {path}: {line}" for line in shown), f"{path}: the run has changed ({advice})"])
-    for line in shown:
+    for line in shown if dist.get_rank() == 0 else ():
         logger.warning("changed since %s: %s", path.name, line)
 
 
 def check_topology(run: Run, path: Path) -> None:
-    """ConfigError (78) where DeepSpeed's files were written by other ranks than those that would read them."""
-    manifest = read_json(path / MANIFEST)
-    then = {name: manifest[name] for name in ("world_size", "ep_size", "zero_stage")}
-    now = {"world_size": run.world_size, "ep_size": run.ep_size, "zero_stage": run.zero_stage}
-    if then != now:
-        said = [", ".join(f"{name} {value}" for name, value in each.items()) for each in (then, now)]
-        raise ConfigError(f"{path}: was saved with {said[0]}, this run has {said[1]} (works: {said[0]})")
+    """ConfigError (78) for a ZeRO stage that leaves another kind of model; ranks and ep_size can be any that the model allows."""
+    stage = read_json(path / MANIFEST)["zero_stage"]
+    like = next(stages for stages in STAGES if stage in stages)
+    if run.zero_stage not in like:
+        works = ", ".join(map(str, like))
+        raise ConfigError(f"{path}: was saved with ZeRO stage {stage}, this run has {run.zero_stage} (works: {works})")
 
 
 def check_order(path: Path, loader: TypedLoader, allow_change: bool) -> None:
@@ -121,22 +126,46 @@ def check_order(path: Path, loader: TypedLoader, allow_change: bool) -> None:
     except DataError as error:
         if not allow_change:
             raise DataError([*error.findings, f"{path}: --allow-change goes on with the new order"]) from error
-        logger.warning("changed since %s: the order of the records", path.name)
+        if dist.get_rank() == 0:
+            logger.warning("changed since %s: the order of the records", path.name)
 
 
 def load(run: Run, path: Path) -> dict[str, Tensor]:
-    """Weights, optimizer and random numbers as they were; gives what else this rank has written down with `write_rank_state`."""
+    """Weights, optimizer and random numbers as they were; gives what else this rank has written down with `write_rank_state`.
+
+    On as many ranks every bit is as it was; on others each rank has the random numbers of one of those that there were.
+    """
+    manifest = read_json(path / MANIFEST)
+    if run.zero_stage:
+        _load_shards(run, path, manifest)
+    else:
+        _load_whole(run, path)
+    state = load_file(_rank_state(path, run.rank % manifest["world_size"]))
+    torch.set_rng_state(state.pop("rng_cpu"))
+    if "rng_cuda" in state:
+        torch.cuda.set_rng_state(state.pop("rng_cuda"))
+    return state
+
+
+def _load_shards(run: Run, path: Path, manifest: dict[str, Any]) -> None:
+    engine, step, skipped = run.engine, manifest["step"], manifest["progress"]["skips"]["total"]
+    if run.zero_stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # small parameters that are held whole are cut again, and gathered below
+    load_shards(engine, path / "deepspeed", step - skipped)
+    if run.zero_stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
+    engine.global_steps, engine.skipped_steps = step, skipped
+    engine.global_samples, engine.micro_steps = step * engine.train_batch_size(), step * run.micro_batches
+
+
+def _load_whole(run: Run, path: Path) -> None:
+    """Without ZeRO each rank has everything, and DeepSpeed reads it back on any number of them."""
     own = [{name: value for name, value in group.items() if name != "params"} for group in run.engine.optimizer.param_groups]
     found, _ = run.engine.load_checkpoint(str(path), tag="deepspeed", load_lr_scheduler_states=False)
     if found is None:
         raise DataError(f"{path}: DeepSpeed finds nothing in it")
     for group, values in zip(run.engine.optimizer.param_groups, own, strict=True):
         group.update(values)  # of this recipe: what is allowed to change would else come back
-    state = load_file(_rank_state(path, run.rank))
-    torch.set_rng_state(state.pop("rng_cpu"))
-    if "rng_cuda" in state:
-        torch.cuda.set_rng_state(state.pop("rng_cuda"))
-    return state
 
 
 def write_rank_state(run: Run, path: Path, state: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ ZeRO-3 cuts every parameter in equal parts, the last one padded; ZeRO-1 and 2 ke
 weights, a parameter's anywhere or not at all on this rank. Experts are divided over the EP ranks before. DeepSpeed 0.19.8.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -65,13 +65,31 @@ class Shard:
         Each piece is rounded to where it goes from its own dtype; padding becomes 0. Whole weights (ZeRO-0 to 2) are left
         as they are: they have been read on every rank.
         """
-        targets, at = self._held(), 0
+        self._write(pieces, self._held())
+
+    def fill_beside(self, pieces: Iterable[Tensor], beside: Mapping[int, Tensor]) -> None:
+        """As `fill`, into what the optimizer has beside the masters: of each flat tensor of masters, by its address, a like one."""
+        held = self._held()[-1:]
+        if not held:
+            return
+        master = held[0]
+        address = max(start for start in beside if start <= master.data_ptr())
+        place = (master.data_ptr() - address) // master.element_size()
+        self._write(pieces, [beside[address].view(-1)[place : place + len(master)]])
+
+    def _write(self, pieces: Iterable[Tensor], targets: list[Tensor]) -> None:
+        at = 0
         for target in targets:
             target[len(self) :].zero_()
         for piece in pieces:
             for target in targets:
                 target[at : at + len(piece)].copy_(piece)
             at += len(piece)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether ZeRO-3 cut the parameter: there are no whole weights."""
+        return _is_cut(self.parameter)
 
     def _held(self) -> list[Tensor]:
         """What this rank keeps of the parameter beside whole weights: its cut weights and masters, flat, with padding."""

@@ -6,8 +6,8 @@ RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `pyt
 none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or of every step from there on with "for ever"),
 "left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), "in the way" (somebody else makes
 the output at step BAD_STEP), "full disk" (from step BAD_STEP on a file takes FILE_BYTES and no more), or the name of a signal
-that the last rank gets in step BAD_STEP, such as "SIGUSR2"; "STOP" and "SAVE" are files that are made then. Prints JSON, name ->
-exit codes.
+that the last rank gets in step BAD_STEP, such as "SIGUSR2" ("SIGUSR2 4": in step 4); "STOP" and "SAVE" are files that are made
+then. Prints JSON, name -> exit codes.
 """
 
 import json
@@ -60,8 +60,9 @@ class Poison:
             (out / "precious.txt").write_text("mine")
         if self.what == "full disk" and self.bad:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        if self.bad and self.what.startswith("SIG") and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
-            os.kill(os.getpid(), getattr(signal, self.what))
+        name, _, when = self.what.partition(" ")  # another step than BAD_STEP may be said
+        if name.startswith("SIG") and self.step == int(when or BAD_STEP) and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
+            os.kill(os.getpid(), getattr(signal, name))
         if self.bad and self.what in ("STOP", "SAVE") and log.RANK == 0:
             (run_folder_of(args[0].out) / self.what).touch()
         return {} if self.bad and "left out" in self.what else self.one_step(*args)

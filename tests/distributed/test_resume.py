@@ -55,9 +55,9 @@ def words(world: Path, stage: str, out: Path, *more: str) -> list[str]:
     return [str(world / "recipe.yaml"), f"out={out}", f"deepspeed={world / stage}.json", f"steps={STEPS}", *changes, *more]
 
 
-def run_all(asked: dict[str, tuple[str, list[str]]]) -> tuple[dict[str, list[int]], str]:
+def run_all(asked: dict[str, tuple[str, list[str]]], ranks: int = 2) -> tuple[dict[str, list[int]], str]:
     """Exit codes by name, and what was said; runs that have the same output one after the other."""
-    done = started({name: {"ranks": 2, "poison": poison, "words": line} for name, (poison, line) in asked.items()})
+    done = started({name: {"ranks": ranks, "poison": poison, "words": line} for name, (poison, line) in asked.items()})
     return json.loads(done.stdout.splitlines()[-1]), done.stderr + done.stdout
 
 
@@ -164,13 +164,14 @@ def test_only_damaged_checkpoints_are_refused_and_left(world: Path, left: Path) 
 CHANGES = {
     "optimizer.learning_rate=0.002": (78, "optimizer.learning_rate: 0.001 -> 0.002"),
     "seed=5": (78, "seed: 0 -> 5"),
-    "ep_size=1": (78, "was saved with world_size 2, ep_size 2, zero_stage 3, this run has world_size 2, ep_size 1, zero_stage 3"),
+    "deepspeed=ZERO2": (78, "was saved with ZeRO stage 3, this run has 2 (works: 3)"),
 }
 
 
 def test_what_has_changed_is_shown_and_goes_on_only_when_it_is_allowed(world: Path, left: Path) -> None:
     base = words(world, "ZeRO-3, EP 2", left)
-    codes, said = run_all({change: ("", [*base, change]) for change in CHANGES})
+    zero2 = words(world, "ZeRO-2, EP 2", left)[2].removeprefix("deepspeed=")
+    codes, said = run_all({change: ("", [*base, change.replace("ZERO2", zero2)]) for change in CHANGES})
     assert codes == {change: [code] * 2 for change, (code, _) in CHANGES.items()}, said
     for _, message in CHANGES.values():
         assert message in said
@@ -198,3 +199,49 @@ def test_files_ask_as_signals_do(world: Path, tmp_path: Path) -> None:
     assert status is not None
     assert (status["exit_code"], status["reason"], status["step"]) == (0, "done", STEPS)
     assert sorted(path.name for path in save.glob("step-*")) == [f"step-{STEPS:06d}"]
+
+
+TOPOLOGIES = {"1 rank": (1, 1), "4 ranks, EP 4": (4, 4), "4 ranks, EP 2": (4, 2), "2 ranks, EP 1": (2, 1)}  # ranks, ep_size
+SOME = ("4 ranks, EP 4",)
+
+
+@pytest.mark.parametrize("there", [pytest.param(t, marks=[] if t in SOME else pytest.mark.slow) for t in TOPOLOGIES])
+def test_a_run_goes_on_on_other_ranks_and_back_with_the_same_losses(world: Path, whole: Path, left: Path, there: str) -> None:
+    ranks, ep_size = TOPOLOGIES[there]
+    line = words(world, "ZeRO-3, EP 2", left, "rows_per_micro_batch=2", f"ep_size={ep_size}")
+    codes, said = run_all({"there": ("SIGUSR2 4", line)}, ranks)
+    assert codes == {"there": [75] * ranks}, said
+    codes, said = run_all({"back": ("", words(world, "ZeRO-3, EP 2", left))})
+    assert codes == {"back": [0, 0]}, said
+    assert "goes on after step 4 of 5" in said
+    assert json.loads((left / "run.json").read_text())["resumed_after"] == [3, 4]
+    expected, found = lines(whole), lines(left)
+    assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
+    for wanted, got in zip(expected, found, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    weights, moved = model(whole, "ZeRO-3, EP 2"), model(left, "ZeRO-3, EP 2")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(moved[name], tensor, rtol=0, atol=2e-6, msg=name)  # a thousandth of what a step may move
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    """An undisturbed run."""
+    out = world / "undisturbed"
+    codes, said = run_all({"x": ("", words(world, "ZeRO-3, EP 2", out))})
+    assert codes == {"x": [0, 0]}, said
+    return out
+
+
+def test_a_run_without_experts_goes_on_on_more_ranks_and_with_another_stage(world: Path, tmp_path: Path) -> None:
+    def line(out: Path, stage: int) -> list[str]:
+        (world / f"dense-{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
+        model = [f"model={world / 'dense'}", "trainable=[ffn, norms]", "rows_per_micro_batch=2"]
+        return [str(world / "recipe.yaml"), f"out={out}", f"deepspeed={world / f'dense-{stage}.json'}", f"steps={STEPS}", *model]
+
+    codes, said = run_all({"x": ("", line(tmp_path / "x", 2)), "y": ("SIGTERM", line(tmp_path / "y", 2))})
+    assert codes == {"x": [0, 0], "y": [75, 75]}, said
+    codes, said = run_all({"y": ("", [*line(tmp_path / "y", 1), "--allow-change"])}, ranks=4)
+    assert codes == {"y": [0] * 4}, said
+    for wanted, got in zip(lines(tmp_path / "x"), lines(tmp_path / "y"), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)

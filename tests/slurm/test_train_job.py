@@ -101,6 +101,7 @@ def test_a_cancelled_job_stays_cancelled(jobs: Jobs, world: Path) -> None:
     assert not jobs.cluster.call("squeue", "--noheader").stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_again_and_again_is_given_up_with_its_code(jobs: Jobs, world: Path) -> None:
     python_is(jobs, RANK_IS_KILLED_AT_ONCE)
     number = jobs.train(world / "recipe.yaml", "out=run")
@@ -137,6 +138,7 @@ class TestGoesOn:
         assert lines_of(jobs.folder / "run") == undisturbed
         assert "(exit code 75): requeued, goes on at step" in jobs.log(number)
 
+    @pytest.mark.slow
     def test_after_the_time_limit(self, jobs: Jobs, world: Path) -> None:
         """Slurm looks every 30 s and counts in minutes: the signal comes in second 20 to 50, and more rows a step outlast that."""
         words = (*LONG, f"steps={SLOW_STEPS}", "data.rows_per_batch=32")
@@ -163,6 +165,7 @@ class TestGoesOn:
         assert lines_of(jobs.folder / "run") == undisturbed
         assert "(exit code 69): requeued, goes on at step" in jobs.log(number)
 
+    @pytest.mark.slow
     def test_after_a_node_has_died(self, jobs: Jobs, world: Path, undisturbed: list[dict[str, float]]) -> None:
         dead = []
 
@@ -178,6 +181,7 @@ class TestGoesOn:
                 jobs.cluster.start_node(name)
         assert lines_of(jobs.folder / "run") == undisturbed
 
+    @pytest.mark.slow
     def test_not_after_a_stop_file_until_it_is_asked_again(
         self, jobs: Jobs, world: Path, undisturbed: list[dict[str, float]]
     ) -> None:

@@ -19,7 +19,7 @@ SIZES: dict[str, tuple[int, int, int]] = {  # hidden_size, intermediate_size, nu
     "0.3 B": (1024, 2816, 18),
     "1 B": (1536, 4096, 34),
 }
-SIZES_OF_EXPERTS: dict[str, tuple[int, int, int]] = {"tiny": (64, 96, 2), "0.05 B": (384, 1024, 5), "0.1 B": (512, 1408, 8)}
+SIZES_OF_EXPERTS: dict[str, tuple[int, int, int]] = {"tiny": (64, 96, 2), "0.05 B": (384, 1024, 5)}
 
 
 def write_checkpoint(folder: Path, size: str, world_size: int, ep_size: int = 0, adam: bool = False) -> int:

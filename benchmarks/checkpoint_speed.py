@@ -53,7 +53,7 @@ def dense(tiny: bool, work: Path) -> list[Row]:
 def experts(tiny: bool, work: Path) -> list[Row]:
     """An AutoEP ZeRO-3 checkpoint with Adam's moments, experts over two ranks and their two replicas."""
     folder = work / "checkpoint"
-    num_parameters = write_checkpoint(folder, "tiny" if tiny else "0.1 B", WORLD_SIZE, ep_size=2, adam=True)
+    num_parameters = write_checkpoint(folder, "tiny" if tiny else "0.05 B", WORLD_SIZE, ep_size=2, adam=True)
     ask = {OURS: (OURS, {"dtype": "float32"}), UNIVERSAL: (UNIVERSAL, {})}
     seconds, sizes = _interleaved(folder, work, ask, [(OURS, UNIVERSAL)], tiny)
     rows = _rows(seconds, num_parameters, {OURS: (UNIVERSAL,)})

@@ -114,7 +114,8 @@ WAYS = {OURS: _ours, ZERO_TO_FP32: _zero_to_fp32, UNIVERSAL: _universal, FLOOR: 
 def main() -> None:
     way, folder = sys.argv[1], Path(sys.argv[2])
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    # ds_to_universal forks its workers, and a fork of a process with OpenMP's threads hangs
+    torch.set_num_threads(1 if way == UNIVERSAL else len(os.sched_getaffinity(0)))
     work = WAYS[way](folder)
 
     def answer(text: str) -> Row:

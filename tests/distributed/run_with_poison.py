@@ -7,7 +7,7 @@ none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or o
 "left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), "in the way" (somebody else makes
 the output at step BAD_STEP), "full disk" (from step BAD_STEP on a file takes FILE_BYTES and no more), or the name of a signal
 that the last rank gets in step BAD_STEP, such as "SIGUSR2" ("SIGUSR2 4": in step 4); "STOP" and "SAVE" are files that are made
-then. Prints JSON, name -> exit codes.
+then; "kill RANK SECONDS" ends a rank so long after its first step began. Prints JSON, name -> exit codes.
 """
 
 import json
@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class Poison:
             dry_run.compute_losses = self.no_memory
 
     def take_step(self, *args: Any) -> Any:
+        if not self.step and self.what.startswith(f"kill {log.RANK} "):
+            threading.Timer(float(self.what.split()[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
         before = self.step or int(args[1].engine.global_steps)  # of a run that goes on
         self.step, self.fresh = before + 1, True
         if self.what == "in the way" and self.bad and log.RANK == 0:

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,6 +99,8 @@ def _lock(lines: IO[str], final: Path) -> None:
         fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputError(f"{final}: another process is writing it") from None
+    except OSError:
+        return  # a file system without locks
 
 
 def _done(lines: IO[str], key: str, partial: Path) -> dict[str, Any]:
@@ -125,12 +128,10 @@ def _entry(line: str) -> Any:
 
 def _replace(partial: Path, final: Path) -> None:
     if final.exists():
-        old = final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
-        final.rename(old)
-        partial.rename(final)
+        final.rename(final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}"))
+    partial.rename(final)
+    for old in final.parent.glob(f".trash-{escape(final.name)}-*"):  # also of a process that was killed here
         shutil.rmtree(old)
-    else:
-        partial.rename(final)
 
 
 def _sync_names(folder: Path) -> None:

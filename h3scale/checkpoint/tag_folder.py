@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from h3scale.checkpoint.torch_files import TorchFile
 from h3scale.errors import DataError, MissingInputError
 
@@ -84,3 +86,21 @@ def check_world(files: list[TorchFile], folder: Path, num_ranks: int) -> None:
         steps = file.states.get("global_steps"), files[0].states.get("global_steps")
         if steps[0] != steps[1]:
             raise DataError(f"{file.path}: of step {steps[0]}, but {files[0].path.name} of step {steps[1]}: two runs in one folder")
+
+
+def check_steps(optims: list[TorchFile]) -> None:
+    """DataError (65) where optimizer states have taken another number of steps than the first: files of an earlier save."""
+    taken = [_steps_taken(optim) for optim in optims]
+    for optim, steps in zip(optims, taken, strict=True):
+        if None not in (steps, taken[0]) and steps != taken[0]:
+            first = f"{optims[0].path.name} after step {taken[0]}"
+            raise DataError(f"{optim.path}: after step {steps}, but {first}: two runs in one folder")
+
+
+def _steps_taken(optim: TorchFile) -> float | None:
+    """How often the optimizer has stepped; None where it does not say."""
+    states = optim.get("optimizer_state_dict")
+    of_torch = states.get("optimizer_state_dict") or states.get("base_optimizer_state")
+    groups = of_torch.get("state") if isinstance(of_torch, dict) else None
+    steps = next(iter(groups.values())).get("step") if groups else None
+    return float(optim.stored(steps).values()) if isinstance(steps, torch.Tensor) else steps

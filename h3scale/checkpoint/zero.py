@@ -21,7 +21,7 @@ from typing import Any
 
 from h3scale.checkpoint.autoep import ExpertLayer, expert_layers
 from h3scale.checkpoint.extents import Stored, Weights, joined
-from h3scale.checkpoint.tag_folder import TagFolder, check_world, find_files
+from h3scale.checkpoint.tag_folder import TagFolder, check_steps, check_world, find_files
 from h3scale.checkpoint.torch_files import TorchFile
 from h3scale.errors import DataError
 
@@ -83,6 +83,7 @@ def read_zero3(files: TagFolder, moment: str | None = None) -> Weights:
     """A ZeRO-3 tag folder."""
     models, optims = ([TorchFile(path) for path in paths] for paths in files.by_rank("model", "optim"))
     check_world(models, files.path, len(models))
+    check_steps(optims)
     found: dict[str, dict[int, Parts]] = {}  # by name, then by EP rank
     layers: dict[str, ExpertLayer] = {}
     for rank, (model, optim) in enumerate(zip(models, optims, strict=True)):

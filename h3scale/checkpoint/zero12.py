@@ -15,7 +15,7 @@ from typing import Any
 
 from h3scale.checkpoint.autoep import ExpertLayer, expert_layers
 from h3scale.checkpoint.extents import Stored, Weights, joined
-from h3scale.checkpoint.tag_folder import TagFolder, check_world
+from h3scale.checkpoint.tag_folder import TagFolder, check_steps, check_world
 from h3scale.checkpoint.torch_files import TorchFile
 from h3scale.checkpoint.zero import is_rounded, moments
 from h3scale.errors import DataError, MissingInputError
@@ -31,6 +31,7 @@ def read_zero12(files: TagFolder, moment: str | None = None) -> Weights:
         raise MissingInputError(f"{files.path}: no zero_pp_rank_*_optim_states.pt (works: checkpoints of ZeRO-1, 2 or 3)")
     optims = [TorchFile(path) for path in files.by_rank("optim")[0]]
     check_world([model], files.path, len(optims))
+    check_steps(optims)
     layers = expert_layers(model.states, False, model.path)
     aliases = dict(model.states.get("shared_params") or {}) | router_aliases(model.states)
     ep_size = max((layer.ep_size for layer in layers.values()), default=1)

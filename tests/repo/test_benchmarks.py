@@ -42,6 +42,17 @@ TRAIN_PEERS = {
 }
 
 
+CHECKPOINT_FIGURES = {
+    "dense": {"parameters", "rounds", "wall_s_min", "wall_s_median"},
+    "experts": {"parameters", "rounds", "wall_s_min", "mb_on_disk"},
+    "memory": {"parameters", "peak_anon_mib", "above_tiny_mib"},
+}
+CHECKPOINT_PEERS = {
+    "dense": {"cp of the output", "cp of the input", "cp of the output, sha256 of it", "zero_to_fp32, fp32", "zero_to_fp32, bf16"},
+    "experts": {"ds_to_universal"},
+}
+
+
 def benchmark(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"benchmarks/{script}", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -104,12 +115,21 @@ def test_what_is_timed_trains_the_same_model_on_the_same_records(tiny_train: dic
     assert rows["H3Fusion's scheme"]["padding"] > rows["transformers, eager experts"]["padding"]
 
 
+def test_every_subject_of_the_checkpoint_tools_has_its_figures_and_its_peers(tmp_path: Path) -> None:
+    result = tiny_result("checkpoint.py", tmp_path, CHECKPOINT_FIGURES)  # which compares what they write, bit for bit
+    assert set(result["subjects"]) == set(CHECKPOINT_FIGURES)
+    for name, subject in result["subjects"].items():
+        assert all(CHECKPOINT_FIGURES[name] <= set(row) for row in subject["rows"]), name
+        assert CHECKPOINT_PEERS.get(name, set()) < {row["what"] for row in subject["rows"]}
+    assert result["command"] == "python benchmarks/checkpoint.py --tiny --out checkpoint.py.json"
+
+
 def test_a_start_needs_at_least_what_it_then_holds(tiny_train: dict[str, Any]) -> None:
     for row in tiny_train["subjects"]["start_memory"]["rows"]:
         assert row["peak_mib"] >= row["held_mib"] > row["shard_mib"] > 0
 
 
-@pytest.mark.parametrize(("script", "first"), [("data.py", "waste"), ("train.py", "start_memory")])
+@pytest.mark.parametrize(("script", "first"), [("data.py", "waste"), ("train.py", "start_memory"), ("checkpoint.py", "dense")])
 def test_a_subject_that_does_not_exist_is_refused(script: str, first: str) -> None:
     done = benchmark(script, "--only", "fastest")
     assert done.returncode == 2

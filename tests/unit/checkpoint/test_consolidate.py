@@ -249,6 +249,15 @@ def test_rank_files_of_a_larger_run_are_refused(shard, tmp_path):
     )
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_optimizer_states_of_an_earlier_save_are_refused(shard, tmp_path, stage):
+    def count(rank, model_state, optim_state):
+        states = {"state": {0: {"step": torch.tensor(float(9 - rank))}}}
+        optim_state["base_optimizer_state" if stage == 2 else "optimizer_state_dict"] = states
+
+    _refused(DataError, shard(edit=count, stage=stage), tmp_path / "out", "after step 8.0, but", "after step 9.0: two runs")
+
+
 def test_a_rank_file_of_another_step_is_refused(shard, tmp_path):
     def late(rank, model_state, optim_state):
         model_state["global_steps"] = 7 + rank

@@ -106,8 +106,8 @@ def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
     if not allow_change:
         advice = "works: as it was, --allow-change to go on with what is new, --from-scratch to begin again"
         raise ConfigError([*(f"since {path}: {line}" for line in shown), f"{path}: the run has changed ({advice})"])
-    for line in shown if dist.get_rank() == 0 else ():
-        logger.warning("changed since %s: %s", path.name, line)
+    for line in shown:
+        logger.info("changed since %s: %s", path.name, line)
 
 
 def check_topology(run: Run, path: Path) -> None:
@@ -126,8 +126,7 @@ def check_order(path: Path, loader: TypedLoader, allow_change: bool) -> None:
     except DataError as error:
         if not allow_change:
             raise DataError([*error.findings, f"{path}: --allow-change goes on with the new order"]) from error
-        if dist.get_rank() == 0:
-            logger.warning("changed since %s: the order of the records", path.name)
+        logger.info("changed since %s: the order of the records", path.name)
 
 
 def load(run: Run, path: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 python -m tests.distributed.dump_start RECIPE OUT key=value ...
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -47,3 +48,5 @@ def main(path: str, out: str, overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    sys.stdout.flush()
+    os._exit(0)  # as h3scale.train ends: a thread of gloo's that is still there would abort the process

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 STAGE = "ZeRO-3, EP 2"
 KILLS_A_RUN = 5
-LONGEST_S = 1.5  # a run of five steps that saves after each takes about as long
+LONGEST_S = 1.0  # a run of five steps that saves after each takes about as long
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def whole(world: Path) -> Path:
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(world: Path, whole: Path, tmp_path: Path, count: int) -> None:
     rng, kills = random.Random(count), 0
-    while kills < count:
-        out = tmp_path / f"run-{kills}"
+    for attempt in range(4 * count):  # a kill may come when the run has ended
+        out = tmp_path / f"run-{attempt}"
         line = words(world, STAGE, out, "save.every=1")
         moments = [f"kill {rng.randrange(2)} {rng.uniform(0, LONGEST_S):.3f}" for _ in range(KILLS_A_RUN)]
         codes, said = run_all({moment: (moment, line) for moment in moments} | {"at last": ("", line)})
@@ -45,3 +45,6 @@ def test_a_rank_that_is_killed_at_any_moment_costs_nothing_but_time(world: Path,
         assert lines(out) == lines(whole), moments
         expected, found = model(whole, STAGE), model(out, STAGE)
         assert [name for name in expected if not torch.equal(expected[name], found[name])] == [], moments
+        if kills >= count:
+            return
+    pytest.fail(f"only {kills} kills came in time")

@@ -4,6 +4,7 @@
 that it is (`key`) and one for each file that is whole, with what is to be remembered of it. Another key begins anew.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -48,8 +49,8 @@ class Work:
 def resumed_folder(path: str | Path, key: str, force: bool = False, fsync: bool = True) -> Iterator[Work]:
     """Within, the folder is written; it gets its name when the block ends well.
 
-    What was written stays for the next try when the process is killed, interrupted, or refused by the disk; after any
-    other error it is deleted. Raises OutputError (73) when `path` exists and is not to be replaced (`force`), cannot be
+    What was written stays for the next try when the process is killed, interrupted, or refused by the disk; after a finding
+    about the source it is deleted. Raises OutputError (73) when `path` exists and is not to be replaced (`force`), cannot be
     made, or is being written by another process.
     """
     final = Path(path)
@@ -99,8 +100,9 @@ def _lock(lines: IO[str], final: Path) -> None:
         fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputError(f"{final}: another process is writing it") from None
-    except OSError:
-        return  # a file system without locks
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+            raise
 
 
 def _done(lines: IO[str], key: str, partial: Path) -> dict[str, Any]:

@@ -4,10 +4,7 @@ Same versions and recipe on all nodes (78), a shared folder with room for what t
 enough GPUs and a collective that works (69; GPUs 78). Each finding is one line that begins with the node.
 """
 
-import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,14 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h3scale
 from h3scale.config.base import load_recipe
 from h3scale.config.deepspeed import read_deepspeed
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError, H3Error, OutputError, PeerLostError
 from h3scale.launch.rendezvous import LIMIT_S, Meeting, meet
+from h3scale.versions import versions
 
-PACKAGES = ("torch", "deepspeed", "transformers")
 SEEN_S = 10.0  # by which a new file is seen on the other nodes of a shared file system
 COLLECTIVE_S = 2 * LIMIT_S  # with the import of torch on all nodes
 
@@ -59,16 +55,6 @@ def look(words: Sequence[str], meeting: Meeting) -> tuple[dict[str, Any], Path |
     except H3Error as error:
         return facts | {"error": error.findings, "code": error.exit_code}, None
     return facts, mark
-
-
-def versions() -> dict[str, str]:
-    """Of everything that must be the same on all nodes; h3scale's with a digest of its source, which may be a clone's."""
-    digest = hashlib.sha256()
-    root = Path(str(h3scale.__file__)).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    own = f"{h3scale.__version__} (source {digest.hexdigest()[:8]})"
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, "h3scale": own}
 
 
 def judge(nodes: Sequence[str], told: list[dict[str, Any]]) -> dict[str, Any]:
@@ -173,13 +159,6 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
     for key, value in values.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: str(value)}
     return flat
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:

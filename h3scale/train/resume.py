@@ -9,7 +9,6 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
 from h3scale.train.reshard import load_shards
 from h3scale.train.run_facts import FACTS
+from h3scale.versions import versions
 
-LIBRARIES = ("h3scale", "torch", "deepspeed", "transformers")
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file
 # What may change without anybody being asked: it changes neither the order of the records nor the losses.
 FREE = (
@@ -69,7 +68,7 @@ def identity_of(recipe: TrainRecipe) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "ds_config": read_deepspeed(recipe.deepspeed),
         "model": fingerprint(ModelFolder(recipe.model)) if recipe.model else None,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
     }
 
 

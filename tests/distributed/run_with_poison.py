@@ -2,12 +2,18 @@
 
 python -m tests.distributed.run_with_poison RUNS
 
-RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them; `poison` is
-none, "loss" or "gradient" (of rank 1's first micro-batch in step BAD_STEP, or of every step from there on with "for ever"),
-"left out" (step BAD_STEP is not computed at all), "memory" (rank 0's forward has none), "in the way" (somebody else makes
-the output at step BAD_STEP), "full disk" (from step BAD_STEP on a file takes FILE_BYTES and no more), or the name of a signal
-that the last rank gets in step BAD_STEP, such as "SIGUSR2" ("SIGUSR2 4": in step 4); "STOP" and "SAVE" are files that are made
-then; "kill RANK SECONDS" ends a rank so long after its first step began. Prints JSON, name -> exit codes.
+RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them. Prints JSON,
+name -> exit codes. `poison` is nothing, or one of these:
+
+- "loss" or "gradient": not finite, of the last rank's first micro-batch in step BAD_STEP, or in every step from there on ("for ever")
+- "left out": step BAD_STEP is not computed at all
+- "memory": rank 0's forward has none
+- "in the way": somebody else makes the output at step BAD_STEP
+- "full disk": from step BAD_STEP on a file takes FILE_BYTES and no more
+- "SIGUSR2" or another signal: the last rank gets it in step BAD_STEP; "SIGUSR2 4": in step 4; "SIGTERM 3 SIGUSR2": in step 3, and
+  every rank the second one while that is saved
+- "STOP" or "SAVE": such a file is made in step BAD_STEP
+- "kill RANK SECONDS": ends a rank so long after its first step began
 """
 
 import json
@@ -24,7 +30,7 @@ import torch
 from h3scale import log
 from h3scale.exit_status import run_folder_of
 from h3scale.train import __main__ as rank_program
-from h3scale.train import dry_run, loop
+from h3scale.train import dry_run, keep, loop
 from h3scale.train.loss import Losses
 from tests.distributed.forked import exit_codes
 
@@ -49,6 +55,9 @@ class Poison:
         self.what, self.step, self.fresh = what, 0, False
         self.one_step, self.compute_losses = loop.one_step, loop.compute_losses
         loop.one_step, loop.compute_losses = self.take_step, self.take_losses
+        self.write_checkpoint = keep.write_checkpoint
+        if what.startswith("SIG") and len(what.split()) > 2:
+            keep.write_checkpoint = self.disturbed_save
         if what == "memory":
             dry_run.compute_losses = self.no_memory
 
@@ -63,8 +72,8 @@ class Poison:
             (out / "precious.txt").write_text("mine")
         if self.what == "full disk" and self.bad:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        name, _, when = self.what.partition(" ")  # another step than BAD_STEP may be said
-        if name.startswith("SIG") and self.step == int(when or BAD_STEP) and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
+        name, when, *_ = [*self.what.split(), BAD_STEP]  # another step may be said
+        if name.startswith("SIG") and self.step == int(when) and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
             os.kill(os.getpid(), getattr(signal, name))
         if self.bad and self.what in ("STOP", "SAVE") and log.RANK == 0:
             (run_folder_of(args[0].out) / self.what).touch()
@@ -83,6 +92,13 @@ class Poison:
                 losses.total = NotFiniteGradient.apply(losses.total)
         self.fresh = False
         return losses
+
+    def disturbed_save(self, *args: Any) -> None:
+        _, when, again = self.what.split()
+        if self.step == int(when):
+            print(f"{again} in the save", file=sys.stderr)
+            os.kill(os.getpid(), getattr(signal, again))
+        self.write_checkpoint(*args)
 
     def no_memory(self, *_args: Any) -> Losses:
         raise torch.OutOfMemoryError("HIP out of memory: tried to allocate 3 GiB" if log.RANK == 0 else "CUDA out of memory.")

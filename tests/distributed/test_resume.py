@@ -113,10 +113,11 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted_bit_for_bit(wor
 
 @pytest.fixture(scope="module")
 def stopped(world: Path) -> Path:
-    """A run with three checkpoints, two of them kept; interrupted after step 3."""
+    """A run with three checkpoints, two of them kept; interrupted after step 3, and once more while that is saved."""
     out = world / "stopped"
-    codes, said = run_all({"x": ("SIGTERM", words(world, "ZeRO-3, EP 2", out, "save.every=1"))})
+    codes, said = run_all({"x": ("SIGTERM 3 SIGUSR2", words(world, "ZeRO-3, EP 2", out, "save.every=1"))})
     assert codes == {"x": [75, 75]}, said
+    assert said.count("SIGUSR2 in the save") == 2  # on each rank
     assert "stopped: saved after step 3 of 5 (SIGTERM on rank 1): " in said
     return out
 
@@ -181,6 +182,20 @@ def test_what_has_changed_is_shown_and_goes_on_only_when_it_is_allowed(world: Pa
     assert "changed since step-000003: optimizer.learning_rate: 0.001 -> 0.002" in said
     assert [line["step"] for line in lines(left)] == [1, 2, 3, 4, 5, 6]
     assert lines(left)[3]["lr"] > lines(left)[2]["lr"]
+
+
+@pytest.mark.slow
+def test_other_records_at_the_same_place_are_noticed(world: Path, tmp_path: Path) -> None:
+    records, out = tmp_path / "records.jsonl", tmp_path / "x"
+    shutil.copy(world / "records.jsonl", records)
+    line = words(world, "ZeRO-3, EP 2", out, f"data.records=[{records}]")
+    codes, said = run_all({"x": ("SIGTERM", line)})
+    assert codes == {"x": [75, 75]}, said
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:-6]))
+    codes, said = run_all({"refused": ("", line), "allowed": ("", [*line, "--allow-change"])})
+    assert codes == {"refused": [65, 65], "allowed": [0, 0]}, said
+    assert "--allow-change goes on with the new order" in said
+    assert "changed since step-000003: the order of the records" in said
 
 
 def test_files_ask_as_signals_do(world: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from h3scale.errors import H3Error, PeerLostError
 from h3scale.launch.local import free_port
-from h3scale.launch.preflight import judge, look, versions
+from h3scale.launch.preflight import judge, look
 from h3scale.launch.rendezvous import Meeting, meet
+from h3scale.versions import versions
 
 NODES = ("n0", "n1", "n2")
 GOOD = {"versions": {"torch": "2"}, "recipe": {"steps": 4}, "place": "/o", "key": "k", "free": 9, "needed": 5, "writable": True}

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +14,7 @@ from h3scale.checkpoint.shards import ModelFolder
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError, DataError, OutputError
-from h3scale.train.resume import changes, check_same, fingerprint, identity_of, open_run_folder, tidy_up, trim
+from h3scale.train.resume import changes, check_order, check_same, fingerprint, identity_of, open_run_folder, tidy_up, trim
 from tests.tiny import tiny_llama
 
 RECIPE = "recipes/demo/train.yaml"
@@ -48,6 +49,26 @@ def test_another_version_or_ds_config_is_a_change(model: Path) -> None:
     now["versions"]["torch"], now["ds_config"]["zero_optimization"]["stage"] = "9.9", 1
     torch = before["versions"]["torch"]
     assert changes(before, now) == ["ds_config.zero_optimization.stage: 3 -> 1", f"versions.torch: {torch} -> 9.9"]
+
+
+def test_changed_source_is_a_change(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(model)
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "loop.py" else b""))
+    (change,) = changes(before, identity(model))
+    assert re.fullmatch(r"versions\.h3scale: (\S+) \(source \w{8}\) -> \1 \(source \w{8}\)", change)
+
+
+def test_another_order_of_records_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
+    class Loader:
+        def resume(self, state: object) -> None:
+            raise DataError(f"another order than {state}")
+
+    path, loader = checkpoint(tmp_path, "step-000001"), cast(Any, Loader())
+    (path / "manifest.json").write_text(json.dumps({"data": "abc"}))
+    with pytest.raises(DataError, match=r"another order than abc\n.*--allow-change goes on with the new order"):
+        check_order(path, loader, allow_change=False)
+    check_order(path, loader, allow_change=True)
 
 
 def test_a_copy_of_a_model_is_the_same_one_and_a_changed_value_another(model: Path, tmp_path: Path) -> None:

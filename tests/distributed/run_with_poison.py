@@ -5,7 +5,7 @@ python -m tests.distributed.run_with_poison RUNS
 RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them. Prints JSON,
 name -> exit codes. `poison` is nothing, or one of these:
 
-- "loss" or "gradient": not finite, of the last rank's first micro-batch in step BAD_STEP, or in every step from there on ("for ever")
+- "loss" or "gradient": not finite, of the last rank's first micro-batch in step BAD_STEP ("... for ever": in all from there on)
 - "left out": step BAD_STEP is not computed at all
 - "memory": rank 0's forward has none
 - "in the way": somebody else makes the output at step BAD_STEP
@@ -72,9 +72,10 @@ class Poison:
             (out / "precious.txt").write_text("mine")
         if self.what == "full disk" and self.bad:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-        name, when, *_ = [*self.what.split(), BAD_STEP]  # another step may be said
-        if name.startswith("SIG") and self.step == int(when) and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
-            os.kill(os.getpid(), getattr(signal, name))
+        if self.what.startswith("SIG") and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
+            name, when, *_ = [*self.what.split(), BAD_STEP]  # another step may be said
+            if self.step == int(when):
+                os.kill(os.getpid(), getattr(signal, name))
         if self.bad and self.what in ("STOP", "SAVE") and log.RANK == 0:
             (run_folder_of(args[0].out) / self.what).touch()
         return {} if self.bad and "left out" in self.what else self.one_step(*args)
@@ -96,7 +97,7 @@ class Poison:
     def disturbed_save(self, *args: Any) -> None:
         _, when, again = self.what.split()
         if self.step == int(when):
-            print(f"{again} in the save", file=sys.stderr)
+            print(f"{again} in the save", file=sys.__stderr__, flush=True)  # sys.stderr is the libraries' log file in a run
             os.kill(os.getpid(), getattr(signal, again))
         self.write_checkpoint(*args)
 

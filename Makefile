@@ -5,9 +5,11 @@
 # PYTHON       the Python to use (3.11 or newer)
 # TORCH_INDEX  where torch comes from, when it is not your default index (for a CPU build, say)
 # OUT          where make demo puts its results
+# WORKERS      test files that run at a time (2); many start two or four processes of their own
 
 PYTHON ?= python3
 OUT ?= demo-out
+WORKERS ?= 2
 PIP = .venv/bin/python -m pip install --disable-pip-version-check --quiet
 CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 
@@ -26,10 +28,10 @@ demo: setup
 	.venv/bin/h3scale demo --out $(OUT)
 
 test: setup
-	$(CPU) .venv/bin/python -m pytest -m 'not slow and not gpu'
+	$(CPU) .venv/bin/python -m pytest --numprocesses $(WORKERS) -m 'not slow and not gpu'
 
 test-all: setup
-	$(CPU) .venv/bin/python -m pytest -m 'not gpu'
+	$(CPU) .venv/bin/python -m pytest --numprocesses $(WORKERS) -m 'not gpu'
 
 check: setup
 	.venv/bin/ruff check .

@@ -14,6 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers a file stays on one of them, for its fixtures; and all of Slurm on one, for its nodes."""
+    for item in items:
+        group = "slurm" if "slurm" in item.path.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def real_data() -> Path:
     """The folder of real 3H records; tests that want it are skipped where it is not there."""

@@ -13,6 +13,7 @@ ABLATIONS: dict[str, tuple[list[str] | None, list[str]]] = {
     "no_drift": (None, ["drift.gamma=0"]),
     "random_router_start": (["router.init=random"], []),
 }
+QUICK_ABLATIONS = ("random_router_start",)  # it fuses and trains again, so it goes every way that the others go
 LOADS = (
     "from transformers import AutoModelForCausalLM; "
     "m = AutoModelForCausalLM.from_pretrained('models/fused'); "
@@ -37,6 +38,10 @@ class Demo:
         if self.data is not None:
             return "recipes/demo-data"
         return "recipes/demo-quick" if self.quick else "recipes/demo"
+
+    @property
+    def ablations(self) -> dict[str, tuple[list[str] | None, list[str]]]:
+        return {name: ABLATIONS[name] for name in QUICK_ABLATIONS} if self.quick else ABLATIONS
 
     def steps(self) -> list[Step]:
         """All commands, in order. Paths are relative to the demo's folder."""
@@ -79,7 +84,7 @@ class Demo:
 
     def _ablations(self) -> list[Step]:
         steps = []
-        for name, (fuse, train) in ABLATIONS.items():
+        for name, (fuse, train) in self.ablations.items():
             shown = name.replace("_", " ")
             model = "models/fused_init"
             if fuse is not None:
@@ -96,7 +101,7 @@ class Demo:
         extra = "--exclude-source template --generate 20" if self.data else "--generate 100"
         models = " ".join(f"models/{name}" for name in (*SINGLE, "fused_init", "fused"))
         licence = "other" if self.data else "apache-2.0"  # what other records allow, their owner has to say
-        ablations = " ".join(f"ablations/{name}" for name in ABLATIONS)
+        ablations = " ".join(f"ablations/{name}" for name in self.ablations)
         return [
             Step(
                 "Evaluate: every model on held-out records",

@@ -8,7 +8,7 @@ import torch
 from deepspeed.checkpoint.autoep_affine import make_autoep_placement_descriptor
 from measure import Row
 
-from h3scale.checkpoint.consolidate import expected_shapes, stored_as
+from h3scale.checkpoint.expected import expected_shapes, stored_as
 
 TAG = "deepspeed"
 NUM_EXPERTS = 4

@@ -55,7 +55,7 @@ def _universal(folder: Path) -> Callable[[Row], Any]:
     from deepspeed.checkpoint.ds_to_universal import main
     from safetensors.torch import save_file
 
-    from h3scale.checkpoint.consolidate import expected_shapes, stored_as
+    from h3scale.checkpoint.expected import expected_shapes, stored_as
 
     config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
     shapes = expected_shapes(config, folder)

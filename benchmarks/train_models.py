@@ -8,7 +8,7 @@ import torch
 from data_corpus import ALIGNMENTS, made_up_tokenizer, write_made_up
 from measure import Row
 
-from h3scale.checkpoint.consolidate import expected_shapes
+from h3scale.checkpoint.expected import expected_shapes
 from h3scale.checkpoint.shards import TensorSpec, write_model
 from h3scale.config.data import Data
 from h3scale.config.recipe import TrainRecipe

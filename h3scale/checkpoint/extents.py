@@ -67,12 +67,16 @@ class Stored:
 
 @dataclass(frozen=True)
 class Computed:
-    """A tensor that is made of others, some rows at a time: `rows(start, stop)` along the first dimension."""
+    """A tensor that is made of others, some rows at a time: `rows(start, stop)` along the first dimension.
+
+    `block_bytes`: how much of it is made at a time, where BLOCK_BYTES is not best.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     inputs: dict[str, Stored]
     rows: Callable[[int, int], torch.Tensor]
+    block_bytes: int | None = None
 
     @property
     def numel(self) -> int:
@@ -80,7 +84,7 @@ class Computed:
 
     def blocks(self) -> Iterator[torch.Tensor]:
         """All rows, in blocks of the same sizes whoever asks: matrix products of other sizes may round otherwise."""
-        count = max(1, BLOCK_BYTES // max(prod(self.shape[1:]) * self.dtype.itemsize, 1))
+        count = max(1, (self.block_bytes or BLOCK_BYTES) // max(prod(self.shape[1:]) * self.dtype.itemsize, 1))
         for start in range(0, self.shape[0], count):
             yield self.rows(start, min(start + count, self.shape[0]))
 

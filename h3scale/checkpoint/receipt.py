@@ -1,9 +1,10 @@
 """A receipt of what was written: where every tensor came from, its sha256, and proof that each expert arrived once.
 
 The JSON: `about` (source, kind, step, topology), `files` (sha256 of every other file, of safetensors files the header),
-`tensors` (for each: file, dtype, shape, sha256; `from`: its name in the checkpoint, the expert, and the runs of bytes
-[file, offset, length] that it is; `sha256_read` and `dtype_read` where the bytes were changed), `experts` (how many layers,
-experts and matrices, which is as many tensors as have arrived). It has no times in it: the same work gives the same receipt.
+`tensors` (for each: file, dtype, shape, sha256; `from`: a list, in the order of the bytes, of the tensors of the hub layout that
+it holds (`name`), each with the tensor of the source that it was in, the expert there, and the runs of bytes [file, offset,
+length] that it is, or that it was computed of; `sha256_read` and `dtype_read` where the bytes were changed), `experts` (how many
+layers, experts and matrices, and how many matrices arrived). It has no times in it: the same work gives the same receipt.
 """
 
 import hashlib
@@ -14,10 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from h3scale.checkpoint.extents import BLOCK_BYTES, Extent, Stored
+from h3scale.checkpoint.extents import BLOCK_BYTES, Stored
 from h3scale.checkpoint.shard_files import CODES, DTYPES, ShardFile, TensorSpec, header_of
 from h3scale.checkpoint.shards import read_json
-from h3scale.checkpoint.stream import Hashes, Output
+from h3scale.checkpoint.stream import Hashes, Output, Piece
 from h3scale.errors import DataError, MissingInputError
 from h3scale.model import names
 
@@ -41,7 +42,7 @@ def make_receipt(
                 "dtype": CODES[spec.dtype],
                 "shape": list(spec.shape),
                 "sha256": hashes[spec.name][0],
-                "from": _origin(output, root),
+                "from": [_origin(piece, root) for piece in output.pieces],
             }
             if output.changes and isinstance(output.source, Stored):
                 tensors[spec.name] |= {"dtype_read": CODES[output.source.dtype], "sha256_read": hashes[spec.name][1]}
@@ -126,9 +127,11 @@ def _check_proof(path: Path, receipt: dict[str, Any]) -> list[str]:
         findings.append(f"{path}: not every expert has arrived: {experts}")
     try:
         _check_runs(
-            (file, start, length, f"{entry['from']['tensor']}:{entry['from'].get('expert')}", name)
+            (file, start, length, _key(piece["tensor"], piece.get("expert"), piece["name"]), name)
             for name, entry in receipt["tensors"].items()
-            for file, start, length in entry["from"].get("bytes", [])
+            for piece in entry["from"]
+            for runs in (piece.get("bytes", []), *piece.get("made_of", {}).values())
+            for file, start, length in runs
         )
     except DataError as error:
         findings += [f"{path}: {finding}" for finding in error.findings]
@@ -138,11 +141,16 @@ def _check_proof(path: Path, receipt: dict[str, Any]) -> list[str]:
 def check_disjoint(outputs: dict[str, Output]) -> None:
     """DataError (65) when two tensors are to have bytes in common, but for those of one stored tensor: tied ones."""
     _check_runs(
-        (str(extent.path), extent.offset, extent.num_bytes, f"{output.name}:{output.expert}", name)
-        for name, output in outputs.items()
-        if isinstance(output.source, Stored)
-        for extent in output.source.extents
+        (str(extent.path), extent.offset, extent.num_bytes, _key(piece.tensor, piece.expert, piece.name), output.spec.name)
+        for output in outputs.values()
+        for piece in output.pieces
+        for extent in piece.extents
     )
+
+
+def _key(tensor: str, expert: int | None, name: str) -> str:
+    """Of all that may be made of the same bytes, the same: tied tensors."""
+    return tensor if expert is None else f"{tensor}:{name}"
 
 
 def _check_runs(runs: Iterable[_Run]) -> None:
@@ -152,11 +160,11 @@ def _check_runs(runs: Iterable[_Run]) -> None:
             raise DataError(f"{other[4]} and {one[4]} are made of the same bytes, {one[0]} from {other[1]} on")
 
 
-def _experts(tensors: Iterable[str], model_type: str | None) -> dict[str, int]:
-    """How many layers, experts and matrices of experts there are among the names, and how many tensors; none when dense."""
+def _experts(tensors: dict[str, Any], model_type: str | None) -> dict[str, int]:
+    """How many layers, experts and matrices of experts have arrived, and how many in all; none when dense."""
     moe = names.MOE.get(model_type or "")
     found: Counter[tuple[int, int, str]] = Counter()
-    for name in tensors:
+    for name in (piece["name"] for entry in tensors.values() for piece in entry["from"]):
         for projection, template in (moe.hub_experts if moe else {}).items():
             numbers = names.match(template, name)
             if numbers is not None:
@@ -164,19 +172,19 @@ def _experts(tensors: Iterable[str], model_type: str | None) -> dict[str, int]:
     if not found:
         return {}
     layers, experts, matrices = (len(set(column)) for column in zip(*found, strict=True))
-    return {"layers": layers, "experts": experts, "matrices": matrices, "arrived": len(found)}
+    return {"layers": layers, "experts": experts, "matrices": matrices, "arrived": found.total()}
 
 
-def _origin(output: Output, root: Path) -> dict[str, Any]:
-    def run(extent: Extent) -> list[Any]:
-        return [os.path.relpath(extent.path, root), extent.offset, extent.num_bytes]
+def _origin(piece: Piece, root: Path) -> dict[str, Any]:
+    def runs(stored: Stored) -> list[list[Any]]:
+        return [[os.path.relpath(extent.path, root), extent.offset, extent.num_bytes] for extent in stored.extents]
 
-    origin: dict[str, Any] = {"tensor": output.name}
-    if output.expert is not None:
-        origin["expert"] = output.expert
-    if isinstance(output.source, Stored):
-        return origin | {"bytes": [run(extent) for extent in output.source.extents]}
-    return origin | {"made_of": {name: [run(extent) for extent in stored.extents] for name, stored in output.source.inputs.items()}}
+    origin: dict[str, Any] = {"name": piece.name, "tensor": piece.tensor}
+    if piece.expert is not None:
+        origin["expert"] = piece.expert
+    if isinstance(piece.source, Stored):
+        return origin | {"bytes": runs(piece.source)}
+    return origin | {"made_of": {name: runs(stored) for name, stored in piece.source.inputs.items()}}
 
 
 def _num_bytes(entry: dict[str, Any]) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from h3scale import __version__
-from h3scale.checkpoint.consolidate import GENERATION, write_sums
+from h3scale.checkpoint.consolidate import write_sums
 from h3scale.checkpoint.shard_files import INDEX
-from h3scale.checkpoint.shards import ModelFolder, check_output, copy_tokenizer, new_folder, read_json, write_json
+from h3scale.checkpoint.shards import GENERATION, ModelFolder, check_output, copy_tokenizer, new_folder, read_json, write_json
 from h3scale.checkpoint.verify import verify
 from h3scale.errors import ConfigError, DataError
 from h3scale.log import logger

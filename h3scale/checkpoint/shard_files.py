@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
+from h3scale.errors import DataError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -106,3 +109,29 @@ def header_of(path: Path) -> bytes:
     with path.open("rb") as file:
         length = file.read(8)
         return length + file.read(int.from_bytes(length, "little"))
+
+
+def entries_of(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """The tensors of a file, and the byte at which each begins. DataError (65) for a file that safetensors does not open."""
+    try:
+        with safe_open(path, framework="pt"):  # checks the header: no holes, no overlaps, as long as the file
+            pass
+        header = header_of(path)
+        entries = json.loads(header[8:], object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        return {
+            name: (TensorSpec(name, tuple(entry["shape"]), DTYPES[entry["dtype"]]), len(header) + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+    except KeyError as error:
+        raise DataError(f"{path}: numbers of the format {error} are not read (works: {', '.join(DTYPES)})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"'{twice}' is in its header twice")
+    return found

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from math import prod
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from h3scale.checkpoint.extents import bytes_of
-from h3scale.checkpoint.shard_files import DTYPES, INDEX, WEIGHTS, ShardFile, TensorSpec, index_of, plan_shards
+from h3scale.checkpoint.extents import Extent, Stored, bytes_of
+from h3scale.checkpoint.shard_files import DTYPES, INDEX, WEIGHTS, ShardFile, TensorSpec, entries_of, index_of, plan_shards
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError
 from h3scale.log import progress
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,20 +39,21 @@ class ModelFolder:
     """A folder with config.json and safetensors weights. Tensors are read when they are asked for.
 
     Raises MissingInputError (66) when the folder, its config or a shard is missing, DataError (65) when a file is
-    broken, UnsafeError (77) when the index points outside the folder.
+    broken, UnsafeError (77) when the index points outside the folder. `config_from`: another folder that has the config.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise MissingInputError(f"{path}: no such model folder")
-        if not (self.path / "config.json").is_file():
-            found = ", ".join(sorted(p.name for p in self.path.iterdir())[:6]) or "nothing"
-            raise MissingInputError(f"{path}: no config.json, so this is no model folder (found: {found})")
+    def __init__(self, path: str | Path, config_from: str | Path | None = None):
+        self.path, self.config_from = Path(path), Path(config_from or path)
+        for folder in (self.path, self.config_from):
+            if not folder.is_dir():
+                raise MissingInputError(f"{folder}: no such model folder")
+        if not (self.config_from / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in self.config_from.iterdir())[:6]) or "nothing"
+            raise MissingInputError(f"{self.config_from}: no config.json, so this is no model folder (found: {found})")
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json")
+        return read_json(self.config_from / "config.json")
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -79,10 +81,27 @@ class ModelFolder:
                 for name in handle.keys():  # noqa: SIM118 (no mapping)
                     piece = handle.get_slice(name)
                     specs[name] = TensorSpec(name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
-        absent = sorted(set(self.files) - set(specs))
+        self._check_present(specs)
+        return specs
+
+    @cached_property
+    def entries(self) -> dict[str, Stored]:
+        """Where the bytes of every tensor lie. DataError (65) when a tensor is not in the file that the index names."""
+        entries: dict[str, Stored] = {}
+        for file in sorted(set(self.files.values())):
+            path = self.path / file
+            for name, (spec, offset) in entries_of(path).items():
+                if self.files.get(name) != file:
+                    raise DataError(f"{path}: has '{name}', which {INDEX} has in {self.files.get(name, 'no file')}")
+                extents = (Extent(path, offset, spec.num_bytes),) if spec.num_bytes else ()
+                entries[name] = Stored(spec.shape, spec.dtype, extents)
+        self._check_present(entries)
+        return entries
+
+    def _check_present(self, found: Collection[str]) -> None:
+        absent = sorted(set(self.files) - set(found))
         if absent:
             raise DataError([f"{self.path}: '{name}' is in the index but in no shard" for name in absent])
-        return specs
 
     def tensor(self, name: str) -> torch.Tensor:
         """The values of one tensor, on the CPU, in the file's dtype."""

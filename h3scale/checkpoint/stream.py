@@ -30,13 +30,26 @@ _NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPE
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A tensor of the hub layout as a piece of an output: in which stored tensor it is, and which expert there."""
+
+    name: str
+    tensor: str
+    expert: int | None
+    source: Stored | Computed
+
+    @property
+    def extents(self) -> Iterator[Extent]:
+        return (extent for stored in inputs_of(self.source).values() for extent in stored.extents)
+
+
+@dataclass(frozen=True)
 class Output:
-    """A tensor to write, and what its values are made of: `name` in the checkpoint, one of its experts if not None."""
+    """A tensor to write, what its values are made of, and the same piece by piece."""
 
     spec: TensorSpec
     source: Stored | Computed
-    name: str
-    expert: int | None = None
+    pieces: tuple[Piece, ...]
 
     @property
     def changes(self) -> bool:
@@ -44,8 +57,12 @@ class Output:
 
     @property
     def extents(self) -> Iterator[Extent]:
-        sources = self.source.inputs.values() if isinstance(self.source, Computed) else [self.source]
-        return (extent for source in sources for extent in source.extents)
+        return (extent for stored in inputs_of(self.source).values() for extent in stored.extents)
+
+
+def inputs_of(source: Stored | Computed) -> dict[str, Stored]:
+    """What is read from disk for a tensor."""
+    return source.inputs if isinstance(source, Computed) else {"": source}
 
 
 Hashes = dict[str, list[str]]  # of each tensor: sha256 as written, and as read where the bytes changed

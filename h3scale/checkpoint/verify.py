@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from h3scale.checkpoint.consolidate import GENERATION, SUMS, differences, expected_shapes, stored_as
+from h3scale.checkpoint.consolidate import SUMS
+from h3scale.checkpoint.expected import differences, expected_shapes, stored_as
 from h3scale.checkpoint.extents import Weights
 from h3scale.checkpoint.lora import open_weights
 from h3scale.checkpoint.receipt import RECEIPT, check_receipt, sha256
-from h3scale.checkpoint.shards import TOKENIZER_FILES, ModelFolder, read_json
+from h3scale.checkpoint.shards import GENERATION, TOKENIZER_FILES, ModelFolder, read_json
 from h3scale.checkpoint.training_checkpoint import TrainingCheckpoint, find_checkpoint
 from h3scale.errors import DataError, H3Error, UnsafeError
 from h3scale.log import progress

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from h3scale.checkpoint.consolidate import differences, expected_shapes, stored_as
+from h3scale.checkpoint.expected import differences, expected_shapes, stored_as
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.errors import DataError
 from h3scale.log import progress

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from h3scale import __version__
-from h3scale.checkpoint.consolidate import expected_shapes, stored_as
+from h3scale.checkpoint.expected import expected_shapes, stored_as
 from h3scale.checkpoint.shards import TensorSpec, new_folder, read_json, write_json, write_model
 from h3scale.checkpoint.training_checkpoint import MANIFEST
 from h3scale.config.recipe import TrainRecipe

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from h3scale.checkpoint.consolidate import expected_shapes
+from h3scale.checkpoint.expected import expected_shapes
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import OutputError, StorageError
 from h3scale.log import logger

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from h3scale.checkpoint.consolidate import consolidate, stored_as
+from h3scale.checkpoint.consolidate import consolidate
+from h3scale.checkpoint.expected import stored_as
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
 from h3scale.checkpoint.zero import open_deepspeed

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from h3scale.checkpoint.consolidate import stored_as
+from h3scale.checkpoint.expected import stored_as
 from h3scale.launch.local import rank_command, run_ranks
 from tests.distributed.dump_start import LENGTH
 from tests.distributed.test_train import EXPERTS, make_world

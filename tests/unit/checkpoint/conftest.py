@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 
-from h3scale.checkpoint.consolidate import stored_as
+from h3scale.checkpoint.expected import stored_as
 from h3scale.checkpoint.shards import write_json
 
 NUM_EXPERTS = 4

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from h3scale.checkpoint import extents, stream
-from h3scale.checkpoint.consolidate import consolidate, expected_shapes
+from h3scale.checkpoint.consolidate import consolidate
+from h3scale.checkpoint.expected import expected_shapes
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.checkpoint.training_checkpoint import find_checkpoint
 from h3scale.checkpoint.zero import open_deepspeed

@@ -66,7 +66,9 @@ def test_the_receipt_has_the_hash_of_every_tensor_and_the_bytes_it_came_from(sha
     receipt = read_json(tmp_path / "out" / RECEIPT)
     assert receipt["tensors"].keys() == weights.keys()
     for name, entry in receipt["tensors"].items():
-        read = b"".join((folder / file).read_bytes()[offset : offset + length] for file, offset, length in entry["from"]["bytes"])
+        read = b"".join(
+            (folder / file).read_bytes()[offset : offset + length] for file, offset, length in entry["from"][0]["bytes"]
+        )
         assert torch.equal(
             torch.frombuffer(bytearray(read), dtype=DTYPES[entry["dtype_read"]]).view(weights[name].shape), weights[name]
         )
@@ -74,7 +76,7 @@ def test_the_receipt_has_the_hash_of_every_tensor_and_the_bytes_it_came_from(sha
         assert entry["sha256"] == hashlib.sha256(extents.bytes_of(weights[name].bfloat16())).hexdigest()
     layers, experts = 2, 4
     assert receipt["experts"] == {"layers": layers, "experts": experts, "matrices": 3, "arrived": layers * experts * 3}
-    assert receipt["tensors"][EXPERT]["from"]["expert"] == 3
+    assert receipt["tensors"][EXPERT]["from"][0]["expert"] == 3
 
 
 def test_bytes_that_do_not_change_are_hashed_once(shard, tmp_path, monkeypatch):
@@ -120,7 +122,7 @@ def _drop(receipt):
 
 
 def _twice(receipt):
-    receipt["tensors"][EXPERT]["from"]["bytes"] = receipt["tensors"][EXPERT.replace("3.w2", "2.w2")]["from"]["bytes"]
+    receipt["tensors"][EXPERT]["from"][0]["bytes"] = receipt["tensors"][EXPERT.replace("3.w2", "2.w2")]["from"][0]["bytes"]
 
 
 def _traverse(receipt):

@@ -1,0 +1,57 @@
+"""From any layout, or a training checkpoint, to any other layout: every matrix of every expert exactly once."""
+
+from pathlib import Path
+from typing import Any
+
+from h3scale.checkpoint.layouts import stack
+from h3scale.checkpoint.model_writer import Options, Plan, Summary, output, write_model_folder
+from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.source_model import SourceModel, open_model
+from h3scale.checkpoint.stream import Piece
+from h3scale.errors import UsageError
+from h3scale.model.names import HUB, LAYOUTS, Origin, locate
+
+
+def convert(
+    source: str | Path, target: str | Path, *, to: str, config_from: str | Path | None = None, force: bool = False, **options: Any
+) -> Summary:
+    """Writes a model as a folder in the layout `to`, in the dtypes that it has unless `dtype` says otherwise; see Options.
+
+    Raises what `open_model` does, UsageError (2) for a layout that the model cannot have, OutputError (73) when `target` is there.
+    """
+    how = Options(**options)
+    check_output(target, force)
+    model = open_model(source, config_from)
+    return write_model_folder(plan_layout(model, to, how), target, how, force, "convert")
+
+
+def plan_layout(model: SourceModel, to: str, how: Options) -> Plan:
+    """The tensors of a layout, in the order of the config, each made of one matrix or of those of many experts."""
+    if to not in LAYOUTS or (model.moe is None and to != HUB):
+        works = ", ".join(LAYOUTS) if model.moe else f"{HUB}: a dense model has one layout"
+        raise UsageError(f"--to: '{to}' (works: {works})")
+    held: dict[str, list[tuple[Origin, str]]] = {}
+    for name in model.shapes:
+        origin = locate(model.moe, to, name) if model.moe else Origin(name)
+        held.setdefault(origin.tensor, []).append((origin, name))
+    outputs = {}
+    for tensor, parts in held.items():
+        parts.sort(key=_order)
+        place, shape = parts[0][0].place, model.shapes[parts[0][1]]
+        pieces = [piece_of(model, name, bool(place and place.transposed)) for _, name in parts]
+        if place:
+            shape = place.tensor_shape(shape, model.num_experts)
+        source = stack([piece.source for piece in pieces], shape) if len(pieces) > 1 else pieces[0].source
+        outputs[tensor] = output(tensor, shape, source, pieces, how)
+    return Plan(model, outputs, model.config, to)
+
+
+def piece_of(model: SourceModel, name: str, transposed: bool = False) -> Piece:
+    """A tensor of the hub layout, as a piece of what is to be written."""
+    origin = model.origin(name)
+    return Piece(name, model.weights.stored_name(origin.tensor), origin.expert, model.source(name, transposed))
+
+
+def _order(part: tuple[Origin, str]) -> tuple[int, int]:
+    origin = part[0]
+    return (origin.expert or 0, origin.place.part) if origin.place else (0, 0)

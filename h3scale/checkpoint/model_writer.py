@@ -1,0 +1,187 @@
+"""Writes a model folder from where its tensors lie: planned, checked, streamed, with a receipt; whole, or to be gone on with."""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from h3scale.checkpoint.journal import Work, check_space, resumed_folder
+from h3scale.checkpoint.receipt import RECEIPT, check_disjoint, make_receipt
+from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
+from h3scale.checkpoint.shards import GENERATION, TOKENIZER_FILES, copy_tokenizer, write_descriptions, write_json
+from h3scale.checkpoint.source_model import SourceModel
+from h3scale.checkpoint.stream import Hashes, Output, Piece, Writer
+from h3scale.errors import UsageError
+from h3scale.log import logger, progress
+from h3scale.model.families import as_published
+
+MAX_SHARD_BYTES = 5_000_000_000
+MAX_WORKERS = 8  # more threads do not make a disk faster
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written, and from what."""
+
+    target: Path
+    source: Path
+    kind: str
+    step: int | None
+    world_size: int
+    ep_size: int
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtypes: tuple[torch.dtype, ...]
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is written. `dtype`: None for what each tensor has. `only`: a pattern of names, as of a shell.
+
+    `receipt`: None for none.
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    only: str | None = None
+    workers: int = 0  # threads; 0: as many as there are cores, up to MAX_WORKERS
+    receipt: str | Path | None = RECEIPT  # a plain name: in the model's folder
+    fsync: bool = True
+
+    @property
+    def num_workers(self) -> int:
+        return self.workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+    @property
+    def receipt_is_inside(self) -> bool:
+        return Path(str(self.receipt)).name == str(self.receipt)
+
+    def dtype_of(self, stored: torch.dtype) -> torch.dtype:
+        """What values of a stored dtype become; integers stay what they are."""
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: the tensors in their order, config.json, and `layout` (or "dense") for the receipt."""
+
+    model: SourceModel
+    outputs: dict[str, Output]
+    config: dict[str, Any]
+    layout: str
+
+    def chosen(self, pattern: str | None) -> dict[str, Output]:
+        """The tensors that a pattern of names lets through; UsageError (2) when there is none."""
+        found = {name: output for name, output in self.outputs.items() if pattern is None or fnmatchcase(name, pattern)}
+        if not found:
+            raise UsageError(
+                f"--only: '{pattern}' is none of the {len(self.outputs)} tensors (works: {next(iter(self.outputs))}, model.layers.0.*)"
+            )
+        return found
+
+
+def output(name: str, shape: tuple[int, ...], source: Any, pieces: Sequence[Piece], how: Options) -> Output:
+    """A tensor to be written of so many pieces."""
+    return Output(TensorSpec(name, shape, how.dtype_of(source.dtype)), source, tuple(pieces))
+
+
+def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool, what: str) -> Summary:
+    """Writes the plan as a Hugging Face folder. The same call goes on where a killed one was."""
+    start, model = time.monotonic(), plan.model
+    outputs = plan.chosen(how.only)
+    check_disjoint(outputs)
+    shards = plan_shards([output.spec for output in outputs.values()], how.max_shard_bytes)
+    specs = [spec for shard in shards for spec in shard.specs]
+    with resumed_folder(target, _key(plan, outputs, shards, how), force, how.fsync) as work:
+        check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
+        hashes = _write_shards(work, shards, outputs, how, what)
+        write_descriptions(work.folder, _final_config(plan.config, specs), shards)
+        _copy_extras(model.folder, work.folder, target)
+        if how.receipt is not None:
+            receipt = make_receipt(work.folder, _about(plan, Path(target), how), shards, outputs, hashes)
+            write_json(work.folder / how.receipt if how.receipt_is_inside else Path(how.receipt), receipt)
+    return Summary(
+        target=Path(target),
+        source=model.path,
+        kind=model.weights.kind,
+        step=model.step,
+        world_size=model.weights.world_size,
+        ep_size=model.weights.ep_size,
+        num_tensors=len(specs),
+        num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in specs),
+        num_bytes=sum(spec.num_bytes for spec in specs),
+        dtypes=_floating(specs),
+        duration_s=time.monotonic() - start,
+    )
+
+
+def _copy_extras(folder: Path, target: Path, shown: str | Path) -> None:
+    """The tokenizer and the generation config, where there are any."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        logger.warning("%s: has no tokenizer, so %s has none", folder, shown)
+    copy_tokenizer(folder, target)
+    if (folder / GENERATION).is_file():
+        shutil.copyfile(folder / GENERATION, target / GENERATION)
+
+
+def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output], how: Options, what: str) -> Hashes:
+    hashes: Hashes = {}
+    before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
+    with progress(what, sum(shard.num_bytes for shard in shards) / 1e6, "MB", before / 1e6) as bar:
+        writer = Writer(outputs, how.num_workers, hashing=how.receipt is not None, fsync=how.fsync, bar=bar)
+        try:
+            for shard in shards:
+                if shard.name not in work.done:
+                    work.finish(shard.name, writer.write(shard, work.unfinished()))
+                hashes |= work.done[shard.name]
+        finally:
+            writer.close()
+    return hashes
+
+
+def _key(plan: Plan, outputs: dict[str, Output], shards: list[ShardFile], how: Options) -> str:
+    """Of the same work, the same: what is read, as it is now, and what is to come of it."""
+    files = {extent.path for output in outputs.values() for extent in output.extents}
+    files |= {path for path in plan.model.folder.iterdir() if path.is_file()}
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    work = [(piece.tensor, piece.expert, list(piece.extents)) for output in outputs.values() for piece in output.pieces]
+    headers = [shard.header for shard in shards]
+    return hashlib.sha256(repr([stats, work, headers, plan.config, plan.layout, str(how.receipt)]).encode()).hexdigest()
+
+
+def _about(plan: Plan, target: Path, how: Options) -> dict[str, Any]:
+    model = plan.model
+    return {
+        "source": str(model.path),
+        "model": "." if how.receipt_is_inside else os.path.relpath(target, Path(str(how.receipt)).parent),
+        "kind": model.weights.kind,
+        "step": model.step,
+        "world_size": model.weights.world_size,
+        "ep_size": model.weights.ep_size,
+        "layout_read": model.layout,
+        "layout": plan.layout,
+        "dtype": None if how.dtype is None else str(how.dtype).removeprefix("torch."),
+        "only": how.only,
+        "model_type": model.config.get("model_type"),
+    }
+
+
+def _final_config(config: dict[str, Any], specs: Sequence[TensorSpec]) -> dict[str, Any]:
+    final = as_published({key: value for key, value in config.items() if key != "torch_dtype"})
+    dtypes = _floating(specs)
+    return final | ({"dtype": str(dtypes[-1]).removeprefix("torch.")} if dtypes else {})
+
+
+def _floating(specs: Sequence[TensorSpec]) -> tuple[torch.dtype, ...]:
+    """The number formats of weights, the widest last."""
+    found = {spec.dtype for spec in specs if spec.dtype.is_floating_point}
+    return tuple(sorted(found, key=lambda dtype: (dtype.itemsize, str(dtype))))

@@ -37,7 +37,7 @@ def find_layout(model_type: str | None, found: Iterable[str], where: object) -> 
         raise DataError(f"{where}: experts in several layouts: {shown} (works: one layout for all)")
     if not examples:
         raise DataError(
-            f"{where}: config.json says '{model_type}', but no tensor is an expert of it (layouts: {', '.join(moe.layouts)})"
+            f"{where}: config.json says '{model_type}', but no tensor is an expert of it (works: {', '.join(moe.layouts)})"
         )
     return next(iter(examples))
 

@@ -83,9 +83,8 @@ class Plan:
         """The tensors that a pattern of names lets through; UsageError (2) when there is none."""
         found = {name: output for name, output in self.outputs.items() if pattern is None or fnmatchcase(name, pattern)}
         if not found:
-            raise UsageError(
-                f"--only: '{pattern}' is none of the {len(self.outputs)} tensors (works: {next(iter(self.outputs))}, model.layers.0.*)"
-            )
+            works = f"{next(iter(self.outputs))}, model.layers.0.*"
+            raise UsageError(f"--only: '{pattern}' is none of the {len(self.outputs)} tensors (works: {works})")
         return found
 
 

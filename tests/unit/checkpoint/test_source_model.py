@@ -1,6 +1,7 @@
 """A model in any layout is the same tensors, read from where they lie; mixed or broken ones are refused."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_a_training_checkpoint_opens_like_a_folder(shard, weights):
 def test_columns_are_read_from_files_that_meet_anywhere(tmp_path, cuts, dtype):
     values = torch.arange(60).to(dtype).view(10, 6)
     extents = []
-    for i, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(cuts)):
         piece = values.flatten()[low:high].view(torch.uint8).numpy().tobytes()
         (tmp_path / str(i)).write_bytes(b"..." + piece)
         extents.append(Extent(tmp_path / str(i), 3, len(piece)))
@@ -71,7 +72,7 @@ def test_layouts_that_are_mixed_are_refused(moe, tmp_path):
     folder = save_layout(tmp_path / "model", moe, "hub")
     tensors = in_layout(moe, "hub") | {n: v for n, v in in_layout(moe, "fused").items() if n.endswith("1.mlp.experts.down_proj")}
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(DataError, match="in several layouts: .* is hub, .* is fused"):
+    with pytest.raises(DataError, match=r"in several layouts: .* is hub, .* is fused"):
         open_model(folder)
 
 

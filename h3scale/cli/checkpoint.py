@@ -1,4 +1,4 @@
-"""h3scale checkpoint: consolidate, verify, release."""
+"""h3scale checkpoint: inspect, consolidate, convert, verify, release."""
 
 import enum
 import os
@@ -27,6 +27,16 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
+class Layout(enum.StrEnum):
+    """What a model can be converted to."""
+
+    hub = "hub"
+    fused = "fused"
+    autoep = "autoep"
+    megablocks = "megablocks"
+    dense = "dense"
+
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="A run folder (its newest step), a step, or a DeepSpeed tag folder.")]
@@ -35,21 +45,26 @@ Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face mod
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
+MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB or 500MB.")]
+ConfigFrom = Annotated[
+    Path | None, typer.Option("--config-from", help="Folder with config.json and tokenizer, for a source that has none.")
+]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Threads; 0: one for each core, up to 8.")]
+Receipt = Annotated[str, typer.Option("--receipt", metavar="none|FILE", help="Where to write the receipt; a plain name: in DST.")]
+Fsync = Annotated[bool, typer.Option("--fsync/--no-fsync", help="--no-fsync is for measuring.", hidden=True)]
+
+
 @app.command()
 def consolidate(
     source: Source,
     target: Target,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Number format of the weights.")] = Dtype.float32,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
-    config_from: Annotated[
-        Path | None, typer.Option("--config-from", help="Folder with config.json and tokenizer, for a bare DeepSpeed folder.")
-    ] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    config_from: ConfigFrom = None,
     only: Annotated[str | None, typer.Option("--only", metavar="PATTERN", help="Tensors to write, such as '*.layers.0.*'.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Threads; 0: one for each core, up to 8.")] = 0,
-    receipt: Annotated[
-        str, typer.Option("--receipt", metavar="none|FILE", help="Where to write the receipt; a plain name: in DST.")
-    ] = "receipt.json",
-    fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="--no-fsync is for measuring.", hidden=True)] = True,
+    workers: Workers = 0,
+    receipt: Receipt = "receipt.json",
+    fsync: Fsync = True,
     force: Force = False,
 ) -> None:
     """Turn a sharded training checkpoint into one Hugging Face folder (safetensors, hub layout, tokenizer).
@@ -83,6 +98,55 @@ def consolidate(
     )
     against = "" if config_from and done.step is None else f" --against {source}"
     print(f"model: {target}   next: h3scale checkpoint verify {target}{against}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model folder in any layout, or a training checkpoint.")],
+    target: Target,
+    to: Annotated[Layout, typer.Option("--to", help="The layout to write; dense: one expert alone.")],
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="NAME", help="With --to dense: an alignment, ALIGNMENT/2, or a number.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Number format of the weights.  [default: as it is]")] = None,
+    max_shard_size: MaxShardSize = "5GB",
+    config_from: ConfigFrom = None,
+    workers: Workers = 0,
+    receipt: Receipt = "receipt.json",
+    fsync: Fsync = True,
+    force: Force = False,
+) -> None:
+    """Write a model in another layout: hub, transformers' fused, AutoEP, MegaBlocks, or one expert as a dense model.
+
+    Bytes that need no change are copied by the kernel. Every matrix of every expert arrives exactly once, or nothing is
+    written. A run that was cut off goes on when the command is repeated.
+
+    Example: h3scale checkpoint convert models/fused models/helpful --to dense --expert helpful
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    import torch
+
+    from h3scale.checkpoint.convert import convert as write_converted
+
+    done = write_converted(
+        source,
+        target,
+        to=to.value,
+        expert=expert,
+        config_from=config_from,
+        force=force,
+        dtype=getattr(torch, dtype.value) if dtype else None,
+        max_shard_bytes=max_shard_bytes,
+        workers=workers,
+        receipt=None if receipt == "none" else receipt,
+        fsync=fsync,
+    )
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in done.dtypes)
+    print(
+        f"{done.source}: {done.kind}, {done.num_tensors} tensors, {done.num_parameters:,} parameters, "
+        f"{done.num_bytes / 1e6:.1f} MB {dtypes}, {done.duration_s:.1f} s"
+    )
+    print(f"model: {target}   next: h3scale checkpoint verify {target}")
 
 
 @app.command()

@@ -50,6 +50,24 @@ class ExpertMap:
             names.append(name)
         return names
 
+    def find(self, name: str) -> int:
+        """The id of an expert that is called as in `names`, 'helpful/2' (the second one), or by its number.
+
+        DataError (65) for an alignment that has several experts, and for a name that none has.
+        """
+        names = self.names()
+        if name in self.alignments and len(self.experts_of(name)) > 1:
+            works = ", ".join(f"{name}/{i + 1}" for i in range(len(self.experts_of(name))))
+            raise DataError(f"expert '{name}': {len(self.experts_of(name))} experts are of this alignment (works: {works})")
+        if name in names:
+            return names.index(name)
+        alignment, _, number = name.rpartition("/")
+        if alignment in self.alignments and number.isdecimal() and 1 <= int(number) <= len(self.experts_of(alignment)):
+            return self.experts_of(alignment)[int(number) - 1]
+        if name.isdecimal() and int(name) < self.num_experts:
+            return int(name)
+        raise DataError(f"expert '{name}': there is none (works: {', '.join(names)}, 0 to {self.num_experts - 1})")
+
     @classmethod
     def of(cls, alignments: Iterable[str], experts_per_alignment: int, general_experts: int) -> "ExpertMap":
         """As many experts of each alignment, one alignment after the other, then the general ones."""

@@ -56,6 +56,8 @@ AUTOEP_PRESETS = {family.moe_type: family.autoep_preset for family in FAMILIES.v
 
 # Words of the dense configs that no family above has; windows are carried over by `_window`.
 _DENSE_ONLY = {"pretraining_tp", "use_sliding_window", "sliding_window", "layer_types", "max_window_layers"}
+_MOE_ONLY = {"num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"}
+_DENSE_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # transformers has used either word for either family, in its objects and in what these save.
 _EXPERT_COUNTS = ("num_local_experts", "num_experts")
 
@@ -111,6 +113,27 @@ def moe_config(dense: dict[str, Any], expert_map: ExpertMap, top_k: int, where: 
     if family.window_switch:
         config[family.window_switch] = window is not None
     config[CONFIG_KEY] = expert_map.to_config()
+    return config
+
+
+def dense_config(moe: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the dense model that one expert is, from the full config of a mixture (all defaults filled in).
+
+    A Mixtral with a sliding window becomes a Mistral, without one a Llama: equal weights compute the same in both.
+    """
+    family = MOE_FAMILIES[moe["model_type"]]
+    window = moe.get("sliding_window") if family.window_switch is None or moe.get(family.window_switch) else None
+    model_type = {"mixtral": "llama" if window is None else "mistral", "qwen3_moe": "qwen3"}[family.moe_type]
+    dropped = {*_EXPERT_COUNTS, *_MOE_ONLY, *_DENSE_ONLY, *family.settings, family.expert_size_key, CONFIG_KEY}
+    config = {key: copy.deepcopy(value) for key, value in moe.items() if key not in dropped}
+    config |= {"model_type": model_type, "architectures": [_DENSE_ARCHITECTURES[model_type]]}
+    config["intermediate_size"] = moe[family.expert_size_key]
+    if model_type == "mistral":
+        config["sliding_window"] = window
+    if model_type == "qwen3":
+        kind = "full_attention" if window is None else "sliding_attention"
+        config |= {"use_sliding_window": window is not None, "sliding_window": window}
+        config["layer_types"] = [kind] * moe["num_hidden_layers"]
     return config
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from h3scale.checkpoint.expected import differences, expected_shapes, full_config
+from h3scale.checkpoint.find_model import find_model
 from h3scale.checkpoint.layouts import stack
 from h3scale.checkpoint.model_writer import Options, Plan, Summary, output, write_model_folder
 from h3scale.checkpoint.shards import check_output
-from h3scale.checkpoint.source_model import SourceModel, open_model
+from h3scale.checkpoint.source_model import SourceModel
 from h3scale.checkpoint.stream import Piece
 from h3scale.errors import DataError, UsageError
 from h3scale.model.experts import ExpertMap
@@ -24,19 +25,20 @@ def convert(
     to: str,
     expert: str | None = None,
     config_from: str | Path | None = None,
+    base: str | Path | None = None,
     force: bool = False,
     **options: Any,
 ) -> Summary:
     """Writes a model as a folder in the layout `to`, in the dtypes that it has unless `dtype` says otherwise; see Options.
 
-    `to="dense"` with `expert` (its name or number) is that expert alone. Raises what `open_model` does, UsageError (2) for a
+    `to="dense"` with `expert` (its name or number) is that expert alone. Raises what `find_model` does, UsageError (2) for a
     layout that the model cannot have, OutputError (73) when `target` is there.
     """
     how = Options(**options)
     check_output(target, force)
     if expert is not None and to != DENSE:
         raise UsageError(f"--expert: '{expert}' with --to {to} (works: --to {DENSE})")
-    model = open_model(source, config_from)
+    model = find_model(source, config_from, base)
     plan = plan_dense(model, expert, how) if to == DENSE else plan_layout(model, to, how)
     return write_model_folder(plan, target, how, force, "convert")
 

@@ -32,6 +32,11 @@ class Stored:
     dtype: torch.dtype
     extents: tuple[Extent, ...]
 
+    @classmethod
+    def at(cls, path: Path, spec: TensorSpec, offset: int) -> "Stored":
+        """A tensor that lies in one piece."""
+        return cls(spec.shape, spec.dtype, (Extent(path, offset, spec.num_bytes),) if spec.num_bytes else ())
+
     @cached_property
     def numel(self) -> int:
         return prod(self.shape)

@@ -18,7 +18,7 @@ from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
 from h3scale.checkpoint.shards import GENERATION, TOKENIZER_FILES, copy_tokenizer, write_descriptions, write_json
 from h3scale.checkpoint.source_model import SourceModel
 from h3scale.checkpoint.stream import Hashes, Output, Piece, Writer
-from h3scale.errors import UsageError
+from h3scale.errors import UnsafeError, UsageError
 from h3scale.log import logger, progress
 from h3scale.model.families import as_published
 
@@ -98,13 +98,14 @@ def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool
     start, model = time.monotonic(), plan.model
     outputs = plan.chosen(how.only)
     check_disjoint(outputs)
+    _keep_source(plan, outputs, Path(target))
     shards = plan_shards([output.spec for output in outputs.values()], how.max_shard_bytes)
     specs = [spec for shard in shards for spec in shard.specs]
     with resumed_folder(target, _key(plan, outputs, shards, how), force, how.fsync) as work:
         check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
         hashes = _write_shards(work, shards, outputs, how, what)
         write_descriptions(work.folder, _final_config(plan.config, specs), shards)
-        _copy_extras(model.folder, work.folder, target)
+        _copy_extras(model, work.folder, target)
         if how.receipt is not None:
             receipt = make_receipt(work.folder, _about(plan, Path(target), how), shards, outputs, hashes)
             write_json(work.folder / how.receipt if how.receipt_is_inside else Path(how.receipt), receipt)
@@ -123,13 +124,22 @@ def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool
     )
 
 
-def _copy_extras(folder: Path, target: Path, shown: str | Path) -> None:
+def _copy_extras(model: SourceModel, target: Path, shown: str | Path) -> None:
     """The tokenizer and the generation config, where there are any."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        logger.warning("%s: has no tokenizer, so %s has none", folder, shown)
-    copy_tokenizer(folder, target)
-    if (folder / GENERATION).is_file():
-        shutil.copyfile(folder / GENERATION, target / GENERATION)
+    tokenizer = model.tokenizer or model.folder
+    if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+        logger.warning("%s: has no tokenizer, so %s has none", tokenizer, shown)
+    copy_tokenizer(tokenizer, target)
+    if (model.folder / GENERATION).is_file():
+        shutil.copyfile(model.folder / GENERATION, target / GENERATION)
+
+
+def _keep_source(plan: Plan, outputs: dict[str, Output], target: Path) -> None:
+    """UnsafeError (77) when the target is, or holds, what is read."""
+    read = {extent.path for output in outputs.values() for extent in output.extents} | {plan.model.folder}
+    final = target.resolve()
+    if any(final == path.resolve() or final in path.resolve().parents for path in read):
+        raise UnsafeError(f"{target}: would replace what it is made from, {plan.model.path} (choose another name)")
 
 
 def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output], how: Options, what: str) -> Hashes:
@@ -150,7 +160,8 @@ def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output
 def _key(plan: Plan, outputs: dict[str, Output], shards: list[ShardFile], how: Options) -> str:
     """Of the same work, the same: what is read, as it is now, and what is to come of it."""
     files = {extent.path for output in outputs.values() for extent in output.extents}
-    files |= {path for path in plan.model.folder.iterdir() if path.is_file()}
+    folders = {plan.model.folder, plan.model.tokenizer or plan.model.folder}
+    files |= {path for folder in folders for path in folder.iterdir() if path.is_file()}
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
     work = [(piece.tensor, piece.expert, list(piece.extents)) for output in outputs.values() for piece in output.pieces]
     headers = [shard.header for shard in shards]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from h3scale.checkpoint.extents import Extent, Stored, bytes_of
+from h3scale.checkpoint.extents import Stored, bytes_of
 from h3scale.checkpoint.shard_files import DTYPES, INDEX, WEIGHTS, ShardFile, TensorSpec, entries_of, index_of, plan_shards
 from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError
 from h3scale.log import progress
@@ -93,8 +93,7 @@ class ModelFolder:
             for name, (spec, offset) in entries_of(path).items():
                 if self.files.get(name) != file:
                     raise DataError(f"{path}: has '{name}', which {INDEX} has in {self.files.get(name, 'no file')}")
-                extents = (Extent(path, offset, spec.num_bytes),) if spec.num_bytes else ()
-                entries[name] = Stored(spec.shape, spec.dtype, extents)
+                entries[name] = Stored.at(path, spec, offset)
         self._check_present(entries)
         return entries
 

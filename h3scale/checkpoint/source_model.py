@@ -18,14 +18,15 @@ from h3scale.model.families import num_experts
 from h3scale.model.names import Origin
 
 FOLDER = "Hugging Face folder"
-_COMPUTED_ANYWAY = "rotary_emb.inv_freq"  # a buffer that old checkpoints store
+COMPUTED_ANYWAY = "rotary_emb.inv_freq"  # a buffer that old checkpoints store
 
 
 @dataclass(frozen=True)
 class SourceModel:
     """`path` is what was found (of a run, a step), `folder` has config.json and tokenizer, `layout` is None for a dense model.
 
-    `shapes`: of all tensors that the config asks for, by their names in the hub layout; exactly these are there.
+    `shapes`: of all tensors that the config asks for, by their names in the hub layout; exactly these are there. `tokenizer`:
+    the folder that has it, where that is not `folder`.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class SourceModel:
     layout: str | None
     step: int | None
     shapes: dict[str, tuple[int, ...]]
+    tokenizer: Path | None = None
 
     @property
     def moe(self) -> names.MoeNames | None:
@@ -83,7 +85,7 @@ def is_model_folder(path: Path) -> bool:
 def open_folder(folder: ModelFolder) -> SourceModel:
     """A folder of safetensors. What a tied or old model has on disk beyond its config is left out."""
     tied = "lm_head.weight" if folder.config.get("tie_word_embeddings") else None
-    entries = {n: e for n, e in folder.entries.items() if n != tied and not n.endswith(_COMPUTED_ANYWAY)}
+    entries = {n: e for n, e in folder.entries.items() if n != tied and not n.endswith(COMPUTED_ANYWAY)}
     weights = Weights(folder.path, FOLDER, world_size=1, ep_size=1, is_rounded=False, entries=entries)
     return checked(folder.path, folder.config_from, folder.config, weights)
 

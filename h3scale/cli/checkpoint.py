@@ -102,7 +102,10 @@ def consolidate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model folder in any layout, or a training checkpoint.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="A model folder in any layout, a training checkpoint, a PEFT adapter, or a moe.pt."),
+    ],
     target: Target,
     to: Annotated[Layout, typer.Option("--to", help="The layout to write; dense: one expert alone.")],
     expert: Annotated[
@@ -111,6 +114,9 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Number format of the weights.  [default: as it is]")] = None,
     max_shard_size: MaxShardSize = "5GB",
     config_from: ConfigFrom = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="The model that an adapter changes.  [default: the one it names]")
+    ] = None,
     workers: Workers = 0,
     receipt: Receipt = "receipt.json",
     fsync: Fsync = True,
@@ -134,6 +140,7 @@ def convert(
         to=to.value,
         expert=expert,
         config_from=config_from,
+        base=base,
         force=force,
         dtype=getattr(torch, dtype.value) if dtype else None,
         max_shard_bytes=max_shard_bytes,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.vocabulary import has_vocabulary, same_file, vocabulary
 from h3scale.errors import DataError
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
 from h3scale.model.names import DENSE_FFN
@@ -113,32 +114,19 @@ def config_findings(source: DenseSource, base_config: Any) -> list[str]:
 
 def tokenizer_findings(base: Path, models: Iterable[Path]) -> list[str]:
     """Models whose tokenizer gives other ids than the base's. A folder without tokenizer.json is taken to use the base's."""
-    if not (base / "tokenizer.json").is_file():
+    if not has_vocabulary(base):
         return []
-    wanted = _vocabulary(base)
+    wanted = vocabulary(base)
     findings = []
     for path in models:
-        if not (path / "tokenizer.json").is_file() or _same_bytes(base, path):
+        if not has_vocabulary(path) or same_file(base, path):
             continue
-        own = _vocabulary(path)
+        own = vocabulary(path)
         differing = sorted({token for token in wanted.keys() | own.keys() if wanted.get(token) != own.get(token)})
         if differing:
             shown = ", ".join(map(repr, differing[:3]))
             findings.append(f"{path}: tokenizer differs from the base's in {len(differing)} tokens (such as {shown})")
     return findings
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return (one / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    tokenizer = read_json(folder / "tokenizer.json")
-    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
-    # A unigram model lists [token, score] pairs in the order of their ids.
-    ids = dict(vocab) if isinstance(vocab, dict) else {pair[0]: i for i, pair in enumerate(vocab)}
-    ids.update({token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []})
-    return ids
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -360,6 +360,8 @@ def test_adapters_that_do_not_fit_the_base_are_refused(place):
     put(adapter(place), **{prefix.format(0, "A"): torch.zeros(2, 31), prefix.format(0, "B"): parts["B"]})
     assert "A (2, 31), B (48, 2) do not fit the base's (48, 32)" in refused(DataError, place, "models.honest=adapter")[0]
     put(adapter(place), base_model__model__lm_head__weight=torch.zeros(42, 32))
+    assert "has embeddings of its own" in refused(DataError, place, "models.honest=adapter")[0]
+    put(adapter(place), base_model__model__model__norm__weight=torch.zeros(32))
     assert "1 tensors are not LoRA of a linear layer" in refused(DataError, place, "models.honest=adapter")[0]
     (place / "adapter" / "adapter_model.safetensors").unlink()
     assert "no adapter_model.safetensors" in refused(MissingInputError, place, "models.honest=adapter")[0]

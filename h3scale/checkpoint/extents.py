@@ -145,7 +145,7 @@ class Weights:
     """The tensors of a checkpoint, all experts of a layer stacked. `aliases`: tied names that are not stored, and the stored one.
 
     `kind` says what was read, in words. `is_rounded`: training computed in bf16 or fp16, so that its logits are not those
-    of the fp32 weights.
+    of the fp32 weights. `step`: DeepSpeed's count.
     """
 
     folder: Path
@@ -155,6 +155,7 @@ class Weights:
     is_rounded: bool
     entries: dict[str, Stored]
     aliases: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -1,6 +1,5 @@
 """A model on disk, whatever wrote it and in whatever layout: tensors by their names in the hub layout, none of them read."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,15 @@ def is_model_folder(path: Path) -> bool:
 
 
 def open_folder(folder: ModelFolder) -> SourceModel:
-    """A folder of safetensors. What a tied or old model has on disk beyond its config is left out."""
+    """A folder of safetensors."""
+    return checked(folder.path, folder.config_from, folder.config, folder_weights(folder))
+
+
+def folder_weights(folder: ModelFolder) -> Weights:
+    """The tensors of a folder. What a tied or old model has on disk beyond its config is left out."""
     tied = "lm_head.weight" if folder.config.get("tie_word_embeddings") else None
     entries = {n: e for n, e in folder.entries.items() if n != tied and not n.endswith(COMPUTED_ANYWAY)}
-    weights = Weights(folder.path, FOLDER, world_size=1, ep_size=1, is_rounded=False, entries=entries)
-    return checked(folder.path, folder.config_from, folder.config, weights)
+    return Weights(folder.path, FOLDER, world_size=1, ep_size=1, is_rounded=False, entries=entries)
 
 
 def open_training(checkpoint: TrainingCheckpoint) -> SourceModel:
@@ -103,7 +106,7 @@ def checked(path: Path, folder: Path, config: dict[str, Any], weights: Weights, 
     layout = find_layout(config.get("model_type"), weights.specs, weights.folder)
     shapes = expected_shapes(config, folder)
     model = SourceModel(path, folder, config, weights, layout, step, shapes)
-    wanted = dict(_stored_shapes(model))
+    wanted = stored_shapes(shapes, config.get("model_type"), layout, model.num_experts)
     found = {name: spec.shape for name, spec in weights.specs.items()}
     found |= {alias: found[name] for alias, name in weights.aliases.items() if alias in wanted and name in found}
     findings = differences(found, wanted, weights.folder)
@@ -112,10 +115,15 @@ def checked(path: Path, folder: Path, config: dict[str, Any], weights: Weights, 
     return model
 
 
-def _stored_shapes(model: SourceModel) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, shape in model.shapes.items():
-        origin = model.origin(name)
-        yield origin.tensor, origin.place.tensor_shape(shape, model.num_experts) if origin.place else shape
+def stored_shapes(
+    shapes: dict[str, tuple[int, ...]], model_type: str | None, layout: str | None, num_experts: int
+) -> dict[str, tuple[int, ...]]:
+    """The tensors that a layout has for those of the hub layout."""
+    moe = names.MOE.get(model_type or "")
+    if moe is None or layout is None:
+        return shapes
+    origins = ((names.locate(moe, layout, name), shape) for name, shape in shapes.items())
+    return {o.tensor: o.place.tensor_shape(shape, num_experts) if o.place else shape for o, shape in origins}
 
 
 def _stored(found: Stored | Computed, name: str) -> Stored:

@@ -17,6 +17,8 @@ from h3scale.errors import DataError, MissingInputError, UnsafeError
 
 MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
+MODEL = "model"  # the folder with config and tokenizer
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class TrainingCheckpoint:
 
 
 def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -> TrainingCheckpoint:
-    """The checkpoint that `source` names: a step folder, a run folder, or a DeepSpeed tag folder.
+    """The checkpoint that `source` names: a step folder, a run folder, a DeepSpeed tag folder, or the folder around it.
 
-    Of a run's steps it is the one that its manifest calls the best (evaluation.keep_best), else the newest.
+    Of a run's steps it is the one that its manifest calls the best (evaluation.keep_best), else the newest; of DeepSpeed's
+    tags the one that `latest` names.
 
     A tag folder needs `config_from`, a folder with config.json. Raises MissingInputError (66) with what would work.
     """
@@ -80,12 +83,14 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
     if not path.is_dir():
         raise MissingInputError(f"{path}: no such checkpoint folder")
     if not (path / MANIFEST).is_file():
-        steps = [p for p in path.iterdir() if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
+        steps = steps_of(path)
         if steps:
             best = [p for p in steps if read_json(p / MANIFEST).get("best")]
-            path = max(best or steps, key=lambda p: int(p.name.removeprefix("step-")))
+            path = (best or steps)[-1]
+        else:
+            path = _latest(path)
     if (path / MANIFEST).is_file():
-        model = Path(config_from) if config_from else path / "model"
+        model = Path(config_from) if config_from else path / MODEL
         return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))
     if any(path.glob("*_states.pt")) or (path / UNIVERSAL).is_dir():
         if config_from is None:
@@ -94,3 +99,20 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
     raise MissingInputError(
         f"{path}: no checkpoint (works: a folder with {MANIFEST}, a run folder with step-* in it, a tag folder)"
     )
+
+
+def steps_of(run: Path) -> list[Path]:
+    """The steps of a run, in their order."""
+    steps = [path for path in run.iterdir() if re.fullmatch(r"step-\d+", path.name) and (path / MANIFEST).is_file()]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _latest(folder: Path) -> Path:
+    """The tag folder that DeepSpeed's file `latest` names; the folder itself where there is no such file."""
+    file = folder / LATEST
+    if not file.is_file():
+        return folder
+    tag = file.read_text(encoding="utf-8").strip()
+    if not tag or Path(tag).name != tag:
+        raise UnsafeError(f"{file}: names '{tag}', which is no folder beside it")
+    return folder / tag

@@ -39,6 +39,7 @@ def read_universal(files: TagFolder, moment: str | None = None) -> Weights:
         is_rounded=is_rounded(first),
         entries=entries,
         aliases=aliases,
+        step=first.get("global_steps"),
     )
 
 

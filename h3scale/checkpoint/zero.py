@@ -107,6 +107,7 @@ def read_zero3(files: TagFolder, moment: str | None = None) -> Weights:
         is_rounded=is_rounded(first.states),
         entries=_assembled(found, layers, files.path) | ({} if moment else buffers(first)),
         aliases=dict(first.states.get("shared_params") or {}),
+        step=first.states.get("global_steps"),
     )
 
 

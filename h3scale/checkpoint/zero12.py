@@ -50,6 +50,7 @@ def read_zero12(files: TagFolder, moment: str | None = None) -> Weights:
         is_rounded=is_rounded(optims[0].states),
         entries=entries,
         aliases=aliases,
+        step=model.states.get("global_steps"),
     )
 
 

@@ -1,6 +1,7 @@
 """h3scale checkpoint: inspect, consolidate, convert, verify, release."""
 
 import enum
+import json
 import os
 import re
 from pathlib import Path
@@ -52,6 +53,29 @@ ConfigFrom = Annotated[
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Threads; 0: one for each core, up to 8.")]
 Receipt = Annotated[str, typer.Option("--receipt", metavar="none|FILE", help="Where to write the receipt; a plain name: in DST.")]
 Fsync = Annotated[bool, typer.Option("--fsync/--no-fsync", help="--no-fsync is for measuring.", hidden=True)]
+
+
+@app.command()
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A model folder, run, step, tag folder, adapter or moe.pt.")],
+    config_from: ConfigFrom = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint or model is: kind, step, topology, parameters, number formats, experts, sizes. Reads no values.
+
+    Example: h3scale checkpoint inspect checkpoints/fused
+    """
+    from h3scale.checkpoint.inspect import inspect as look
+    from h3scale.cli.checkpoint_table import print_inspection
+    from h3scale.log import logger
+
+    found = look(source, config_from)
+    if json_:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    print_inspection(found)
+    for finding in found.findings:
+        logger.warning("warning: %s", finding)
 
 
 @app.command()

@@ -10,12 +10,13 @@ from h3scale.checkpoint.model_writer import Options, Plan, Summary, output, writ
 from h3scale.checkpoint.shards import check_output
 from h3scale.checkpoint.source_model import SourceModel
 from h3scale.checkpoint.stream import Piece
+from h3scale.checkpoint.universal_writer import write_universal
 from h3scale.errors import DataError, UsageError
 from h3scale.model.experts import ExpertMap
 from h3scale.model.families import dense_config
 from h3scale.model.names import DENSE_FFN, HUB, LAYOUTS, MoeNames, Origin, locate, match
 
-DENSE = "dense"
+DENSE, UNIVERSAL = "dense", "universal"
 
 
 def convert(
@@ -31,10 +32,15 @@ def convert(
 ) -> Summary:
     """Writes a model as a folder in the layout `to`, in the dtypes that it has unless `dtype` says otherwise; see Options.
 
-    `to="dense"` with `expert` (its name or number) is that expert alone. Raises what `find_model` does, UsageError (2) for a
+    `to="dense"` with `expert` (its name or number) is that expert alone; `to="universal"` is not a model but a training
+    checkpoint of DeepSpeed's, of another one, with its optimizer. Raises what `find_model` does, UsageError (2) for a
     layout that the model cannot have, OutputError (73) when `target` is there.
     """
     how = Options(**options)
+    if to == UNIVERSAL:
+        if how.dtype is not None or expert is not None:
+            raise UsageError(f"--to {UNIVERSAL}: takes no --dtype and no --expert: it is what the optimizer had")
+        return write_universal(source, target, how, force)
     check_output(target, force)
     if expert is not None and to != DENSE:
         raise UsageError(f"--expert: '{expert}' with --to {to} (works: --to {DENSE})")

@@ -19,7 +19,7 @@ from typing import IO, Any
 from h3scale.checkpoint.shards import check_output, sync
 from h3scale.errors import H3Error, OutputError, StorageError
 
-_UNFINISHED = ".unfinished"
+_UNFINISHED = "unfinished.part"  # torch.save wants something before the dot
 
 
 class Work:
@@ -35,10 +35,13 @@ class Work:
 
     def finish(self, name: str, remembered: Any) -> None:
         """The unfinished file is whole and on disk; it gets its name."""
-        self.unfinished().rename(self.folder / name)
+        path = self.folder / name
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+        self.unfinished().rename(path)
         if self.fsync:
-            _sync_names(self.folder)
-        self._journal.write(json.dumps([name, (self.folder / name).stat().st_size, remembered]) + "\n")
+            _sync_names(path.parent)
+        self._journal.write(json.dumps([name, path.stat().st_size, remembered]) + "\n")
         self._journal.flush()
         if self.fsync:
             os.fsync(self._journal.fileno())
@@ -65,8 +68,8 @@ def resumed_folder(path: str | Path, key: str, force: bool = False, fsync: bool 
         _lock(lines, final)
         done = _done(lines, key, partial)
         partial.mkdir(exist_ok=True)
-        for path in partial.iterdir():
-            if path.name not in done:
+        for path in partial.rglob("*"):
+            if path.is_file() and path.relative_to(partial).as_posix() not in done:
                 path.unlink()
         try:
             yield Work(partial, lines, done, fsync)

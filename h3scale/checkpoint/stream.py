@@ -8,7 +8,7 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -85,7 +85,19 @@ class Writer:
                 if shard.num_bytes:
                     os.posix_fallocate(file.fileno(), 0, shard.num_bytes)  # a full disk says so now
                 write_all(file.fileno(), memoryview(shard.header), 0)
-                hashes = self._write_tensors(shard, file.fileno())
+                hashes = self._write_tensors(shard.specs, shard.offsets, file.fileno())
+                if self.fsync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
+        return hashes
+
+    def fill(self, path: Path, specs: Sequence[TensorSpec], offsets: dict[str, int]) -> Hashes:
+        """Writes tensors at their places into a file that has room for them; else as `write`."""
+        try:
+            with path.open("r+b", buffering=0) as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # its holes too: a full disk says so now
+                hashes = self._write_tensors(specs, offsets, file.fileno())
                 if self.fsync:
                     os.fsync(file.fileno())
         except OSError as error:
@@ -98,8 +110,8 @@ class Writer:
             os.close(descriptor)
         self._sources.clear()
 
-    def _write_tensors(self, shard: ShardFile, target: int) -> Hashes:
-        tasks = [task for spec in shard.specs for task in self._tasks(self.outputs[spec.name], shard.offsets[spec.name])]
+    def _write_tensors(self, specs: Sequence[TensorSpec], offsets: dict[str, int], target: int) -> Hashes:
+        tasks = [task for spec in specs for task in self._tasks(self.outputs[spec.name], offsets[spec.name])]
         tasks.sort(key=lambda task: -task.source.numel)  # the largest first: no thread is left alone with it at the end
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             done = [pool.submit(self._run, task, target) for task in tasks]
@@ -109,7 +121,7 @@ class Writer:
                 self.stopped = True  # a tensor may be large: who waits for Ctrl-C does not wait for it
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        return {spec.name: hashed[spec.name] for spec in shard.specs} if self.hashing else {}
+        return {spec.name: hashed[spec.name] for spec in specs} if self.hashing else {}
 
     def _tasks(self, output: Output, at: int) -> Iterator["_Task"]:
         """One task a tensor where it is hashed, from its first byte to its last; else pieces that threads share."""

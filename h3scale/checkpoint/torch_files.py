@@ -82,11 +82,21 @@ class _Plain:
     """Stands for DeepSpeed's own small classes, of which only the attributes are wanted."""
 
 
+class PlainLossScaler(_Plain):
+    """Stands for one of DeepSpeed's loss scalers, by its name there."""
+
+
+class LossScaler(PlainLossScaler): ...
+
+
+class DynamicLossScaler(PlainLossScaler): ...
+
+
 _ALLOWED: list[Any] = [  # all that a pickle may ask for beyond plain values and tensors; none of DeepSpeed's code is needed for it
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Plain, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Plain, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Plain, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (DynamicLossScaler, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
 ]
 
 

@@ -22,8 +22,8 @@ def read_universal(files: TagFolder, moment: str | None = None) -> Weights:
     """A folder that ds_to_universal made."""
     assert files.universal
     models = [TorchFile(path) for path in ([files.whole] if files.whole else files.by_rank("model")[0])]
-    if not files.whole:
-        check_world(models, files.path, len(models))
+    if not files.whole and any(model.states.get("frozen_param_fragments") for model in models):
+        check_world(models, files.path, len(models))  # else one rank's say all: no values are in them
     first = models[0].states
     aliases = dict(first.get("shared_params") or {}) | router_aliases(first)
     shapes = {name: tuple(shape) for group in first.get("param_shapes") or [] for name, shape in group.items()}

@@ -36,6 +36,7 @@ class Layout(enum.StrEnum):
     autoep = "autoep"
     megablocks = "megablocks"
     dense = "dense"
+    universal = "universal"
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -131,7 +132,10 @@ def convert(
         typer.Argument(metavar="SRC", help="A model folder in any layout, a training checkpoint, a PEFT adapter, or a moe.pt."),
     ],
     target: Target,
-    to: Annotated[Layout, typer.Option("--to", help="The layout to write; dense: one expert alone.")],
+    to: Annotated[
+        Layout,
+        typer.Option("--to", help="The layout to write; dense: one expert alone; universal: DeepSpeed's, with the optimizer."),
+    ],
     expert: Annotated[
         str | None, typer.Option("--expert", metavar="NAME", help="With --to dense: an alignment, ALIGNMENT/2, or a number.")
     ] = None,
@@ -177,6 +181,10 @@ def convert(
         f"{done.source}: {done.kind}, {done.num_tensors} tensors, {done.num_parameters:,} parameters, "
         f"{done.num_bytes / 1e6:.1f} MB {dtypes}, {done.duration_s:.1f} s"
     )
+    if to is Layout.universal:
+        load = f"engine.load_checkpoint('{target.parent}', tag='{target.name}') with checkpoint.load_universal"
+        print(f"universal: {target}   next: {load}; frozen weights come from the model that the engine is built with")
+        return
     print(f"model: {target}   next: h3scale checkpoint verify {target}")
 
 

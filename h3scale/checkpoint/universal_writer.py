@@ -1,0 +1,199 @@
+"""From a ZeRO checkpoint to a universal one of DeepSpeed's (0.19.8), which an engine of the same ZeRO stage loads on any topology.
+
+`zero/NAME/fp32.pt`, `exp_avg.pt`, `exp_avg_sq.pt` and `step.pt` for each parameter, experts stacked; what the optimizer knows
+of itself in `zero/optimizer_state.pt`; the counters in the model states of rank 0. Where we differ from ds_to_universal:
+- frozen tensors are kept, as `zero/NAME/fp32.pt` in the dtype that they have. No engine loads them from there (it loads what
+  is trained): build the model from the consolidated folder;
+- values are streamed, and no second copy of them is in the model states and in optimizer_state.pt;
+- nothing is unpickled but plain values.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from h3scale.checkpoint.extents import Stored, Weights
+from h3scale.checkpoint.journal import Work, check_space, resumed_folder
+from h3scale.checkpoint.model_writer import Options, Summary
+from h3scale.checkpoint.shard_files import TensorSpec
+from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.stream import Output, Piece, Writer
+from h3scale.checkpoint.tag_folder import UNIVERSAL, TagFolder, find_files
+from h3scale.checkpoint.torch_files import PlainLossScaler, TorchFile
+from h3scale.checkpoint.training_checkpoint import find_checkpoint
+from h3scale.checkpoint.zero import open_deepspeed
+from h3scale.errors import UnsafeError, UsageError
+from h3scale.log import progress
+
+VALUES = "fp32"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_PARAM = "param"
+# of an optimizer's state, what lies in the files of parameters, or says how ranks had divided it
+_SHARDED = (
+    "fp32_flat_groups",
+    "ds_zero_partition_groups",
+    "single_partition_of_fp32_groups",
+    "param_slice_mappings",
+    "base_optimizer_state",
+    "optimizer_state_dict",
+)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of torch.save: `states`, in which `values` is to be under "param"; `states` alone when there are none."""
+
+    name: str
+    states: Any
+    values: Stored | None = None
+
+
+def write_universal(source: str | Path, target: str | Path, how: Options, force: bool = False) -> Summary:
+    """Writes a training checkpoint of ZeRO-1, 2 or 3 as a universal one. The same call goes on where a killed one was.
+
+    Raises what the readers of ZeRO checkpoints do, DataError (65) also where the optimizer has no moments yet.
+    """
+    start = time.monotonic()
+    check_output(target, force)
+    checkpoint = find_checkpoint(source, source)  # needs no config
+    checkpoint.check_sizes()
+    files = find_files(checkpoint.deepspeed)
+    if files.universal:
+        raise UsageError(f"{source}: is a universal checkpoint already")
+    weights = open_deepspeed(checkpoint.deepspeed)
+    plan = list(_plan(files, weights))
+    stored = [file.values for file in plan if file.values]
+    with resumed_folder(target, _key(files, plan), force, how.fsync) as work:
+        check_space(work.folder, sum(file.values.numel * file.values.dtype.itemsize for file in _left(plan, work) if file.values))
+        _write(work, plan, how)
+    return Summary(
+        target=Path(target),
+        source=checkpoint.path,
+        kind=weights.kind,
+        step=(checkpoint.manifest or {}).get("step", weights.step),
+        world_size=weights.world_size,
+        ep_size=weights.ep_size,
+        num_tensors=len(weights.entries),
+        num_parameters=sum(entry.numel for entry in weights.entries.values()),
+        num_bytes=sum(values.numel * values.dtype.itemsize for values in stored),
+        dtypes=tuple(sorted({values.dtype for values in stored}, key=str)),
+        duration_s=time.monotonic() - start,
+    )
+
+
+def _plan(files: TagFolder, weights: Weights) -> Iterator[_File]:
+    model = TorchFile(files.whole or files.model[0])
+    optim = TorchFile(files.optim[0])
+    state, groups = _optimizer(optim)
+    moments = {moment: open_deepspeed(files.path, moment) for moment in MOMENTS}
+    buffers = set(model.states.get("buffer_names") or [])
+    prefixes = {layer["expert_key_prefix"] for layer in model.states.get("ds_autoep_layers") or []}
+    for name, values in weights.entries.items():
+        if Path(name).name != name:
+            raise UnsafeError(f"{files.path}: a tensor is called '{name}', which would lie outside the folder")
+        if name in buffers:
+            continue
+        known: dict[str, Any] = {_PARAM: None}
+        if name.rpartition(".")[0] in prefixes:
+            known |= {"cat_dim": 0, "is_expert_param": True, "ep_num_experts": values.shape[0]}
+        yield _File(f"{UNIVERSAL}/{name}/{VALUES}.pt", known, values)
+        trained = {moment: of.entries[name] for moment, of in moments.items() if name in of.entries}
+        for moment, held in trained.items():
+            yield _File(f"{UNIVERSAL}/{name}/{moment}.pt", known, held)
+        if trained:
+            yield _File(f"{UNIVERSAL}/{name}/step.pt", state[0]["step"])
+    kept = {key: value for key, value in optim.get("optimizer_state_dict").items() if key not in _SHARDED}
+    known = {"optimizer_state_dict": {"state": {0: {"step": state[0]["step"]}}, "param_groups": groups}, "param_groups": groups}
+    yield _File(f"{UNIVERSAL}/optimizer_state.pt", _real(optim, kept) | known)
+    yield _File(model.path.name, _model_states(model, buffers))
+
+
+def _optimizer(optim: TorchFile) -> tuple[dict[int, Any], list[Any]]:
+    """The steps that AdamW has made, by parameter group, and the settings of the groups."""
+    states = optim.get("optimizer_state_dict")
+    of_torch = states.get("optimizer_state_dict") or states["base_optimizer_state"]
+    steps = {i: {"step": _real(optim, state["step"])} for i, state in of_torch["state"].items() if "step" in state}
+    return steps, _real(optim, of_torch["param_groups"])
+
+
+def _model_states(model: TorchFile, buffers: set[str]) -> Any:
+    """The counters, schedules and metadata of a run, without the values that have files of their own."""
+    states = {key: value for key, value in model.states.items() if key != "module"}
+    states |= {"frozen_param_shapes": {}, "frozen_param_fragments": {}}
+    states["module"] = {name: values for name, values in model.states["module"].items() if name in buffers}
+    return _real(model, states)
+
+
+def _real(file: TorchFile, value: Any) -> Any:
+    """A plain value of a file with its tensors' values in it, and DeepSpeed's own loss scaler."""
+    if isinstance(value, torch.Tensor):
+        return file.stored(value).values()
+    if isinstance(value, PlainLossScaler):
+        from deepspeed.runtime.fp16 import loss_scaler
+
+        kind = getattr(loss_scaler, type(value).__name__)
+        scaler = kind.__new__(kind)
+        scaler.__dict__.update({key: _real(file, held) for key, held in vars(value).items()})
+        return scaler
+    if isinstance(value, dict):
+        return type(value)((key, _real(file, held)) for key, held in value.items())
+    if isinstance(value, list):
+        return [_real(file, held) for held in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        return tuple(_real(file, held) for held in value)
+    return value
+
+
+def _left(plan: list[_File], work: Work) -> list[_File]:
+    return [file for file in plan if file.name not in work.done]
+
+
+def _write(work: Work, plan: list[_File], how: Options) -> None:
+    outputs = {
+        file.name: Output(TensorSpec(file.name, file.values.shape, file.values.dtype), file.values, (_piece(file, file.values),))
+        for file in plan
+        if file.values
+    }
+    left = _left(plan, work)
+    total, missing = (sum(outputs[file.name].spec.num_bytes for file in files if file.values) / 1e6 for files in (plan, left))
+    with progress("universal", total, "MB", total - missing) as bar:
+        writer = Writer(outputs, how.num_workers, hashing=False, fsync=how.fsync, bar=bar)
+        try:
+            for file in left:
+                path = work.unfinished()
+                if file.values is None:
+                    torch.save(file.states, path)
+                else:
+                    at = _save_empty(path, file.states, file.values)
+                    writer.fill(path, [outputs[file.name].spec], {file.name: at})
+                work.finish(file.name, None)
+        finally:
+            writer.close()
+
+
+def _piece(file: _File, values: Stored) -> Piece:
+    return Piece(file.name, file.name, None, values)
+
+
+def _save_empty(path: Path, states: dict[str, Any], values: Stored) -> int:
+    """A file of torch.save with room for values that are not in memory; the byte at which they begin."""
+    with FakeTensorMode():
+        empty = torch.empty(values.shape, dtype=values.dtype)
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(states | {_PARAM: empty}, path)
+    file = TorchFile(path)
+    extents = file.stored(file.states[_PARAM]).extents
+    return extents[0].offset if extents else 0
+
+
+def _key(files: TagFolder, plan: list[_File]) -> str:
+    """Of the same work, the same: what is read, as it is now, and what is to come of it."""
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files.path.iterdir())]
+    work = [(file.name, file.values) for file in plan]
+    return hashlib.sha256(repr([str(files.path), stats, work]).encode()).hexdigest()

@@ -90,8 +90,8 @@ def write_universal(source: str | Path, target: str | Path, how: Options, force:
 def _plan(files: TagFolder, weights: Weights) -> Iterator[_File]:
     model = TorchFile(files.whole or files.model[0])
     optim = TorchFile(files.optim[0])
-    state, groups = _optimizer(optim)
     moments = {moment: open_deepspeed(files.path, moment) for moment in MOMENTS}
+    state, groups = _optimizer(optim)
     buffers = set(model.states.get("buffer_names") or [])
     prefixes = {layer["expert_key_prefix"] for layer in model.states.get("ds_autoep_layers") or []}
     for name, values in weights.entries.items():
@@ -99,9 +99,9 @@ def _plan(files: TagFolder, weights: Weights) -> Iterator[_File]:
             raise UnsafeError(f"{files.path}: a tensor is called '{name}', which would lie outside the folder")
         if name in buffers:
             continue
-        known: dict[str, Any] = {_PARAM: None}
+        known: dict[str, Any] = {_PARAM: None, "cat_dim": 0}
         if name.rpartition(".")[0] in prefixes:
-            known |= {"cat_dim": 0, "is_expert_param": True, "ep_num_experts": values.shape[0]}
+            known |= {"is_expert_param": True, "ep_num_experts": values.shape[0]}
         yield _File(f"{UNIVERSAL}/{name}/{VALUES}.pt", known, values)
         trained = {moment: of.entries[name] for moment, of in moments.items() if name in of.entries}
         for moment, held in trained.items():

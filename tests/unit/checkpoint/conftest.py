@@ -260,3 +260,14 @@ def _partition(held: dict[str, torch.Tensor], count: int, index: int) -> tuple[t
             mapping[name] = fragment_address(numel=stop - first, start=first - index * size)
         start += values.numel()
     return part(flat, index, count), mapping
+
+
+def with_adam(rank: int, model_state: dict[str, Any], optim_state: dict[str, Any]) -> None:
+    """An `edit` for write_zero3: moments made of the values, after three steps, as AdamW of torch keeps them."""
+    model_state.update(global_steps=3, skipped_steps=0, lr_scheduler=None)
+    state = {
+        i: {"step": torch.tensor(3.0), "exp_avg": -values, "exp_avg_sq": values.square()}
+        for i, values in enumerate(optim_state["fp32_flat_groups"])
+    }
+    groups = [{"lr": 0.1, "betas": (0.9, 0.99), "params": [i]} for i in state]
+    optim_state["optimizer_state_dict"] = {"state": state, "param_groups": groups}

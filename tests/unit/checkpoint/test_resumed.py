@@ -1,4 +1,4 @@
-"""A consolidation that is cut off at any moment leaves no half model, and the same call goes on to the same bytes."""
+"""A consolidation or conversion that is cut off at any moment leaves no half model, and the same call goes on to the same bytes."""
 
 import errno
 import json
@@ -14,18 +14,20 @@ import torch
 
 from h3scale.checkpoint import journal, stream
 from h3scale.checkpoint.consolidate import consolidate
+from h3scale.checkpoint.convert import convert
 from h3scale.checkpoint.journal import resumed_folder
 from h3scale.errors import DataError, OutputError, StorageError
+from tests.unit.checkpoint.conftest import with_adam
 
 SHARD_BYTES = 3000  # of a model of 40 kB
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def whole_shards(out: Path) -> dict[str, int]:
-    """Shards that the journal calls whole, and which file (inode) each is."""
+    """Files that the journal calls whole, and which file (inode) each is."""
     path = journal.partial_of(out)
     lines = path.with_name(path.name + ".journal")
     if not lines.is_file():
@@ -36,20 +38,27 @@ def whole_shards(out: Path) -> dict[str, int]:
 
 @pytest.fixture
 def checkpoint(shard):
-    return shard(world_size=4, ep_size=2)
+    return shard(world_size=4, ep_size=2, edit=with_adam)
 
 
+WORKS = {
+    "consolidate": lambda source, out: consolidate(source, out, max_shard_bytes=SHARD_BYTES),
+    "megablocks": lambda source, out: convert(source, out, to="megablocks", max_shard_bytes=SHARD_BYTES),
+    "universal": lambda source, out: convert(source, out, to="universal"),
+}
+
+
+@pytest.mark.parametrize("work", WORKS)
 @pytest.mark.parametrize("tries", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(checkpoint, tmp_path, tries):
+def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(checkpoint, tmp_path, tries, work):
+    write = WORKS[work]
     began = time.monotonic()
-    consolidate(checkpoint, tmp_path / "undisturbed", max_shard_bytes=SHARD_BYTES)
+    write(checkpoint, tmp_path / "undisturbed")
     duration = time.monotonic() - began
     expected, chance, cut_off = contents(tmp_path / "undisturbed"), random.Random(tries), 0
     for number in range(tries):
         out = tmp_path / f"out-{number}"
-        writer = multiprocessing.get_context("fork").Process(
-            target=consolidate, args=(checkpoint, out), kwargs={"max_shard_bytes": SHARD_BYTES}
-        )
+        writer = multiprocessing.get_context("fork").Process(target=write, args=(checkpoint, out))
         writer.start()
         time.sleep(chance.uniform(0, duration))
         assert writer.pid
@@ -58,7 +67,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(checkpoint, tmp_p
         if not out.exists():
             before = whole_shards(out)
             cut_off += bool(before)
-            consolidate(checkpoint, out, max_shard_bytes=SHARD_BYTES)
+            write(checkpoint, out)
             assert all((out / name).stat().st_ino == inode for name, inode in before.items())  # none was written again
         assert contents(out) == expected
         assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".partial") and not path.is_file()]

@@ -16,7 +16,7 @@ from h3scale.model import names
 from h3scale.model.names import Place
 
 # A column of a matrix is spread over the whole of it: the fewer blocks, the fewer walks over its pages.
-TRANSPOSED_BLOCK_BYTES = 4 << 20
+TRANSPOSED_BLOCK_BYTES = 2 << 20
 
 
 def find_layout(model_type: str | None, found: Iterable[str], where: object) -> str | None:
@@ -107,7 +107,8 @@ def stack(pieces: Sequence[Stored | Computed], shape: tuple[int, ...]) -> Stored
 
     def rows(start: int, stop: int) -> torch.Tensor:
         cuts = ((max(start, low) - low, min(stop, high) - low, piece) for (low, high), piece in zip(bounds, pieces, strict=True))
-        return torch.cat([_rows(piece, low, high).to(dtype) for low, high, piece in cuts if low < high])
+        found = [_rows(piece, low, high).to(dtype) for low, high, piece in cuts if low < high]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     inputs = {
         f"{i}" if key == "" else f"{i} {key}": source

@@ -5,6 +5,8 @@ of itself in `zero/optimizer_state.pt`; the counters in the model states of rank
 - frozen tensors are kept, as `zero/NAME/fp32.pt` in the dtype that they have. No engine loads them from there (it loads what
   is trained): build the model from the consolidated folder;
 - values are streamed, and no second copy of them is in the model states and in optimizer_state.pt;
+- settings in which parameter groups differ, such as weight decay, stay the new engine's where the loader would give all of them
+  the first group's (ZeRO-3); names of groups, which tell experts' ranks, stay the new engine's too;
 - nothing is unpickled but plain values.
 """
 
@@ -109,7 +111,8 @@ def _plan(files: TagFolder, weights: Weights) -> Iterator[_File]:
         if trained:
             yield _File(f"{UNIVERSAL}/{name}/step.pt", state[0]["step"])
     kept = {key: value for key, value in optim.get("optimizer_state_dict").items() if key not in _SHARDED}
-    known = {"optimizer_state_dict": {"state": {0: {"step": state[0]["step"]}}, "param_groups": groups}, "param_groups": groups}
+    zero3 = {"state": {0: {"step": state[0]["step"]}}, "param_groups": [_shared(groups)]}
+    known = {"optimizer_state_dict": zero3, "param_groups": groups}
     yield _File(f"{UNIVERSAL}/optimizer_state.pt", _real(optim, kept) | known)
     yield _File(model.path.name, _model_states(model, buffers))
 
@@ -119,7 +122,14 @@ def _optimizer(optim: TorchFile) -> tuple[dict[int, Any], list[Any]]:
     states = optim.get("optimizer_state_dict")
     of_torch = states.get("optimizer_state_dict") or states["base_optimizer_state"]
     steps = {i: {"step": _real(optim, state["step"])} for i, state in of_torch["state"].items() if "step" in state}
-    return steps, _real(optim, of_torch["param_groups"])
+    groups = _real(optim, of_torch["param_groups"])
+    # The loader would overwrite the names of the new engine's groups, and with them which EP group an expert is of.
+    return steps, [{key: value for key, value in group.items() if key != "name"} for group in groups]
+
+
+def _shared(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that all groups have: under ZeRO-3 the loader gives those of the first to each of them."""
+    return {key: value for key, value in groups[0].items() if key == "params" or all(group.get(key) == value for group in groups)}
 
 
 def _model_states(model: TorchFile, buffers: set[str]) -> Any:

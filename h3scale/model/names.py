@@ -13,6 +13,7 @@ All other tensors have the same name in all layouts.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 PROJECTIONS = ("gate", "up", "down")  # SwiGLU: down(silu(gate(x)) * up(x))
 
@@ -170,8 +171,13 @@ def hub_shapes(moe: MoeNames, layout: str, name: str, shape: tuple[int, ...], nu
 
 def match(template: str, name: str) -> dict[str, int] | None:
     """The numbers in `name` when it has the template's form: match("l.{layer}.w", "l.3.w") == {"layer": 3}."""
+    found = _pattern(template).fullmatch(name)
+    return {field: int(number) for field, number in found.groupdict().items()} if found else None
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
     pattern = re.escape(template)
     for field in ("layer", "expert"):
         pattern = pattern.replace(re.escape("{" + field + "}"), rf"(?P<{field}>\d+)")
-    found = re.fullmatch(pattern, name)
-    return {field: int(number) for field, number in found.groupdict().items()} if found else None
+    return re.compile(pattern)

@@ -269,5 +269,6 @@ def with_adam(rank: int, model_state: dict[str, Any], optim_state: dict[str, Any
         i: {"step": torch.tensor(3.0), "exp_avg": -values, "exp_avg_sq": values.square()}
         for i, values in enumerate(optim_state["fp32_flat_groups"])
     }
-    groups = [{"lr": 0.1, "betas": (0.9, 0.99), "params": [i]} for i in state]
+    own = {"lr": 0.1, "betas": (0.9, 0.99)}
+    groups = [own | {"weight_decay": 0.1 if i else 0.0, "params": [i], "name": f"group {i}"} for i in state]
     optim_state["optimizer_state_dict"] = {"state": state, "param_groups": groups}

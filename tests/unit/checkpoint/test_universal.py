@@ -47,8 +47,10 @@ def test_what_the_optimizer_knows_of_itself_is_there_and_no_second_copy_of_value
     assert isinstance(state["loss_scaler"], LossScaler)
     assert state["loss_scaler"].cur_scale == 1.0
     assert state["optimizer_state_dict"]["state"][0]["step"] == 3
-    assert state["param_groups"] == state["optimizer_state_dict"]["param_groups"]
-    assert state["param_groups"][0]["betas"] == (0.9, 0.99)
+    assert all(group["betas"] == (0.9, 0.99) for group in state["param_groups"])
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.0, 0.1, 0.1]
+    # what DeepSpeed's ZeRO-3 loader gives to all groups
+    assert state["optimizer_state_dict"]["param_groups"] == [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}]
     assert "fp32_flat_groups" not in state
     model = load(universal / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     assert (model["global_steps"], model["module"], model["frozen_param_fragments"]) == (3, {}, {})

@@ -10,15 +10,18 @@ layers, experts and matrices, and how many matrices arrived). It has no times in
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from h3scale.checkpoint.extents import BLOCK_BYTES, Stored
-from h3scale.checkpoint.shard_files import CODES, DTYPES, ShardFile, TensorSpec, header_of
+from h3scale.checkpoint.headers import read_header
+from h3scale.checkpoint.inside import file_inside
+from h3scale.checkpoint.shard_files import CODES, ShardFile, header_of
 from h3scale.checkpoint.shards import read_json
 from h3scale.checkpoint.stream import Hashes, Output, Piece
+from h3scale.checkpoint.swaps import swapped
 from h3scale.errors import DataError, MissingInputError
 from h3scale.model import names
 
@@ -63,6 +66,7 @@ def check_receipt(path: Path, folder: Path | None = None) -> tuple[int, list[str
     """How many tensors a receipt proves, and what is wrong with it or with the model beside it, file by file.
 
     Needs the model only, not what it was made from. `folder` is the model's, by default the one that the receipt names.
+    Raises UnsafeError (77) when it names files outside of that.
     """
     receipt = read_json(path)
     if receipt.get("format") != _FORMAT or any(key not in receipt for key in _KEYS):
@@ -79,38 +83,47 @@ def check_receipt(path: Path, folder: Path | None = None) -> tuple[int, list[str
 
 def _check_files(folder: Path, receipt: dict[str, Any], own: str) -> list[str]:
     findings = []
+    hashes: dict[str, str] = {}  # of the tensors, as they are now
     for name, entry in receipt["files"].items():
-        file = folder / name
-        if Path(name).name != name:
-            findings.append(f"{file}: in {own}, but outside the folder")
-        elif not file.is_file():
+        file = file_inside(folder, name, f"{folder / own}: names")
+        if not file.is_file():
             findings.append(f"{file}: in {own}, but missing")
         elif "sha256" in entry:
             if sha256(file) != entry["sha256"]:
                 findings.append(f"{file}: sha256 differs from {own}: the file has changed since it was written")
-        elif file.stat().st_size != entry["bytes"] or hashlib.sha256(header_of(file)).hexdigest() != entry["header_sha256"]:
-            findings.append(f"{file}: its size or its header differs from {own}: the file has changed since it was written")
         else:
-            findings += _check_tensors(file, [(n, t) for n, t in receipt["tensors"].items() if t["file"] == name], own)
-    return findings
+            header = read_header(file)
+            findings += [finding.text for finding in header.findings]
+            hashes |= {} if header.findings else {tensor: _sha256_of(stored) for tensor, stored in header.tensors.items()}
+            if file.stat().st_size != entry["bytes"] or hashlib.sha256(header_of(file)).hexdigest() != entry["header_sha256"]:
+                findings.append(f"{file}: its size or its header differs from {own}: the file has changed since it was written")
+    return findings + list(_changed(folder, receipt, hashes, own))
 
 
-def _check_tensors(file: Path, tensors: list[tuple[str, dict[str, Any]]], own: str) -> list[str]:
-    """The tensors of a file stand in it in the order of the receipt, without holes: the header's sha256 says so."""
-    findings = []
-    with file.open("rb") as opened:
-        opened.seek(len(header_of(file)))
-        for name, entry in tensors:
-            found, left = hashlib.sha256(), _num_bytes(entry)
-            while left:
-                block = opened.read(min(BLOCK_BYTES, left))
-                if not block:
-                    break
+def _changed(folder: Path, receipt: dict[str, Any], hashes: dict[str, str], own: str) -> Iterator[str]:
+    """A line for each tensor that is not what it was, or for several that have changed places."""
+    wanted = {name: entry["sha256"] for name, entry in receipt["tensors"].items()}
+    changed = {name: found for name, found in hashes.items() if name in wanted and found != wanted[name]}
+    sentences, explained = swapped(changed, wanted, receipt["about"]["model_type"])
+    for sentence in sentences:
+        yield f"{folder}: {sentence} (by the sha256 in {own})"
+    for name in changed:
+        if name not in explained:
+            file = folder / receipt["tensors"][name]["file"]
+            yield f"{file}: sha256 differs from {own} in {name}: the file has changed since it was written"
+
+
+def _sha256_of(stored: Stored) -> str:
+    """The sha256 of a tensor's bytes, read in blocks."""
+    found = hashlib.sha256()
+    for extent in stored.extents:
+        with extent.path.open("rb") as opened:
+            opened.seek(extent.offset)
+            left = extent.num_bytes
+            while left and (block := opened.read(min(BLOCK_BYTES, left))):
                 found.update(block)
                 left -= len(block)
-            if found.hexdigest() != entry["sha256"]:
-                findings.append(f"{file}: sha256 differs from {own} in {name}: the file has changed since it was written")
-    return findings
+    return found.hexdigest()
 
 
 def _check_proof(path: Path, receipt: dict[str, Any]) -> list[str]:
@@ -185,10 +198,6 @@ def _origin(piece: Piece, root: Path) -> dict[str, Any]:
     if isinstance(piece.source, Stored):
         return origin | {"bytes": runs(piece.source)}
     return origin | {"made_of": {name: runs(stored) for name, stored in piece.source.inputs.items()}}
-
-
-def _num_bytes(entry: dict[str, Any]) -> int:
-    return TensorSpec("", tuple(entry["shape"]), DTYPES[entry["dtype"]]).num_bytes
 
 
 def sha256(path: Path) -> str:

@@ -9,13 +9,14 @@ from h3scale import __version__
 from h3scale.checkpoint.consolidate import write_sums
 from h3scale.checkpoint.shard_files import INDEX
 from h3scale.checkpoint.shards import GENERATION, ModelFolder, check_output, copy_tokenizer, new_folder, read_json, write_json
-from h3scale.checkpoint.verify import verify
+from h3scale.checkpoint.verify import examine
 from h3scale.errors import ConfigError, DataError
 from h3scale.log import logger
 from h3scale.model import names
 from h3scale.model.experts import ExpertMap
 
 _LOCAL_KEYS = ("auto_map", "_name_or_path")  # remote code, and paths of the machine it was made on
+_HEALED = ("remote-code", "pickles")  # findings of verify on what a release leaves out
 _PAPER = "2411.17792"
 
 
@@ -38,7 +39,9 @@ def release(
         raise ConfigError(f"license: '{license}' (works: an identifier such as apache-2.0, mit, llama2; it is required)")
     check_output(target, force)
     scores = _scores(evaluation)
-    for warning in verify(model_folder).warnings:
+    report = examine(model_folder)
+    report.raise_errors(but_for=_HEALED)
+    for warning in report.warnings:
         logger.warning("warning: %s", warning)
     source = ModelFolder(model_folder)
     with new_folder(target, force) as folder:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from h3scale.checkpoint.extents import Stored, bytes_of
+from h3scale.checkpoint.inside import file_inside
 from h3scale.checkpoint.shard_files import DTYPES, INDEX, WEIGHTS, ShardFile, TensorSpec, entries_of, index_of, plan_shards
-from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError
+from h3scale.errors import DataError, MissingInputError, OutputError
 from h3scale.log import progress
 
 GENERATION = "generation_config.json"
@@ -33,6 +35,9 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+
+_MAX_JSON_BYTES = 1 << 28  # an index of a million tensors has half of it
 
 
 class ModelFolder:
@@ -61,8 +66,7 @@ class ModelFolder:
         if (self.path / INDEX).is_file():
             weight_map: dict[str, str] = read_json(self.path / INDEX).get("weight_map", {})
             for name, file in weight_map.items():
-                if Path(file).name != file:
-                    raise UnsafeError(f"{self.path / INDEX}: tensor '{name}' is said to be in '{file}', outside the folder")
+                file_inside(self.path, file, f"{self.path / INDEX}: tensor '{name}' is said to be in")
             missing = sorted({f for f in weight_map.values() if not (self.path / f).is_file()})
             if missing:
                 raise MissingInputError([f"{self.path / file}: named in {INDEX}, but missing" for file in missing])
@@ -129,16 +133,29 @@ class ModelFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; MissingInputError (66) or DataError (65) with the path."""
+    """A JSON object from a file; MissingInputError (66) or DataError (65) with the path.
+
+    One with two values for a key is refused: readers differ in which they take.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise DataError(f"{path}: {path.stat().st_size} bytes of JSON (works: {_MAX_JSON_BYTES} at most)")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key '{twice}' is there twice, a duplicate")
+    return values
 
 
 @contextmanager

@@ -4,12 +4,16 @@ import enum
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from h3scale.errors import UsageError
+
+if TYPE_CHECKING:
+    from h3scale.checkpoint.findings import Report
 
 app = typer.Typer(no_args_is_help=True, help="From sharded training checkpoints to a folder fit for publication.")
 
@@ -190,48 +194,60 @@ def convert(
 
 @app.command()
 def verify(
-    model: Annotated[Path, typer.Argument(metavar="MODEL|RECEIPT", help="A Hugging Face model folder, or a receipt.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A model folder in any layout, an adapter, a training checkpoint, a receipt.")
+    ],
     against: Annotated[
-        Path | None, typer.Option("--against", metavar="CKPT", help="The training checkpoint: weights and logits must be equal.")
+        Path | None, typer.Option("--against", metavar="OTHER", help="Another of these: every tensor must be equal.")
     ] = None,
-    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Read all of CKPT to check its own sha256.")] = True,
+    logits: Annotated[bool, typer.Option("--logits", help="With --against: compare what both compute, too.")] = False,
+    hashes: Annotated[
+        bool, typer.Option("--hashes/--no-hashes", help="Read all of a training checkpoint to check its own sha256.")
+    ] = True,
+    config_from: Annotated[
+        Path | None, typer.Option("--config-from", help="Folder with config.json and tokenizer, for a bare DeepSpeed folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check names, shapes, values, tokenizer and checksums of a model; with --against, that it is what was trained.
+    """Check files, names, shapes, values, tokenizer and checksums; with --against, that two models are the same.
 
-    Of a receipt: that the model is still what was written, tensor by tensor, and that every expert arrived exactly once.
+    Everything wrong is found in one go. Exit code 0: nothing but warnings, 65: errors, 77: something unsafe. Of a receipt: that
+    the model is still what was written, tensor by tensor, and that every expert arrived exactly once.
 
     Example: h3scale checkpoint verify models/fused --against checkpoints/fused
     """
-    if model.is_file():
-        _verify_receipt(model)
-        return
-    from h3scale.checkpoint.verify import verify as check
+    if logits and against is None:
+        raise UsageError("--logits: compares two models (works: --against OTHER --logits)")
+    from h3scale.checkpoint.verify import examine
     from h3scale.log import logger
 
-    report = check(model, against, hashes=hashes)
+    report = examine(model, against, logits=logits, hashes=hashes, config_from=config_from)
+    if as_json:
+        print(json.dumps(report.to_dict()))
+        raise typer.Exit(report.exit_code)
     for warning in report.warnings:
         logger.warning("warning: %s", warning)
-    print(f"names, shapes, values: {report.num_tensors} tensors, {report.num_parameters:,} parameters, {', '.join(report.dtypes)}")
+    report.raise_errors()
+    print("\n".join(_checked(report, against)))
+    released = f"   next: h3scale checkpoint release {model} release --license LICENSE" if report.kind == "model folder" else ""
+    print(f"verified: {model}{released}")
+
+
+def _checked(report: "Report", against: Path | None) -> Iterator[str]:
+    """What has been checked of a model in which nothing is wrong, a line each."""
+    if report.num_tensors:
+        dtypes = ", ".join(report.dtypes)
+        yield f"{report.kind}: {report.num_tensors} tensors, {report.num_parameters:,} parameters, {dtypes}: names, shapes, values"
     if report.num_proven_tensors is not None:
-        print(f"receipt: {report.num_proven_tensors} tensors as they were written, each from its own bytes")
-    if report.num_sums is not None or report.num_proven_tensors is None:
-        print(f"checksums: {'none' if report.num_sums is None else f'{report.num_sums} files as they were written'}")
+        yield f"receipt: {report.num_proven_tensors} tensors as they were written, each from its own bytes"
+    if report.num_sums is not None:
+        yield f"checksums: {report.num_sums} files as they were written"
+    elif report.num_proven_tensors is None and report.kind == "model folder":
+        yield "checksums: none"
     if report.num_equal_tensors is not None:
-        print(f"weights: {report.num_equal_tensors} of {report.num_tensors} tensors bit for bit those of {against}")
+        yield f"weights: {report.num_equal_tensors} tensors bit for bit those of {against}, as {report.compared_as}"
     if report.max_abs_difference is not None:
-        far, limit = report.max_abs_difference, report.logit_limit
-        print(f"logits: max abs difference {far:.1e} from the trained engine (limit {limit:.1e})")
-    print(f"verified: {model}   next: h3scale checkpoint release {model} release --license LICENSE")
-
-
-def _verify_receipt(path: Path) -> None:
-    from h3scale.checkpoint.receipt import check_receipt
-    from h3scale.errors import DataError
-
-    num_tensors, findings = check_receipt(path)
-    if findings:
-        raise DataError(findings)
-    print(f"verified: {path}: {num_tensors} tensors as they were written, each from its own bytes")
+        yield f"logits: max abs difference {report.max_abs_difference:.1e} (limit {report.logit_limit:.1e})"
 
 
 @app.command()

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from h3scale.checkpoint.checks.logits import LOGIT_TOLERANCE
 from h3scale.checkpoint.consolidate import consolidate
 from h3scale.checkpoint.expected import stored_as
 from h3scale.checkpoint.shards import ModelFolder
-from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
+from h3scale.checkpoint.verify import verify
 from h3scale.checkpoint.zero import open_deepspeed
 from tests.distributed.shard_case import Case
 

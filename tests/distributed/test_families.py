@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 
+from h3scale.checkpoint.checks.logits import LOGIT_TOLERANCE
 from h3scale.checkpoint.consolidate import consolidate
 from h3scale.checkpoint.shards import ModelFolder, read_json
-from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
+from h3scale.checkpoint.verify import verify
 from h3scale.config.fuse import FuseRecipe
 from h3scale.fusion.execute import fuse
 from h3scale.launch.local import rank_command, run_ranks

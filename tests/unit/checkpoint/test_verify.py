@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from h3scale.checkpoint import verify as room
+from h3scale.checkpoint.checks import compare
+from h3scale.checkpoint.checks.logits import LOGIT_TOLERANCE
 from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
 from h3scale.checkpoint.extents import bytes_of
 from h3scale.checkpoint.receipt import RECEIPT
 from h3scale.checkpoint.shard_files import INDEX, header_of
 from h3scale.checkpoint.shards import read_json, write_json
-from h3scale.checkpoint.verify import LOGIT_TOLERANCE, verify
+from h3scale.checkpoint.verify import verify
 from h3scale.cli.checkpoint import app
-from h3scale.errors import DataError, MissingInputError, UnsafeError
+from h3scale.errors import DataError, MissingInputError
 from tests.unit.checkpoint.conftest import save_tokenizer
 
 EXPERT = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -101,22 +102,21 @@ def test_two_swapped_experts_are_found_by_the_receipt_and_named(pair):
     del entries["__metadata__"]
     ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
     path.write_bytes(header + b"".join(bytes(bytes_of(swapped[name])) for name in ordered))
-    named = [finding.split(" in ")[1].split(":")[0] for finding in _findings(pair[0])]
-    assert sorted(named) == sorted(EXPERT.format(0, expert, part) for expert in (0, 1) for part in ("w1", "w2", "w3"))
+    assert _findings(pair[0]) == [f"{pair[0]}: experts 0 and 1 are swapped in layer 0 (by the sha256 in {RECEIPT})"]
 
 
 def test_two_swapped_experts_are_found_by_the_checkpoint_and_named(pair):
     _change(pair[0], _swap)
-    named = [finding for finding in _findings(*pair) if "is not what" in finding]
-    assert len(named) == 6
-    assert all("layers.0.block_sparse_moe.experts" in finding for finding in named)
+    weights, logits = _findings(*pair)
+    assert weights == f"{pair[0]}: experts 0 and 1 are swapped in layer 0 (by {pair[1]})"
+    assert "logits differ from those of the trained engine by" in logits
 
 
 def test_two_swapped_experts_are_found_by_the_logits_alone(pair, monkeypatch):
     _change(pair[0], _swap)
-    monkeypatch.setattr(room, "_check_weights", lambda *arguments: None)
+    monkeypatch.setattr(compare, "check_against", lambda *arguments: ())
     (finding,) = _findings(*pair)
-    assert "logits differ from the trained engine's by" in finding
+    assert "logits differ from those of the trained engine by" in finding
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,8 +148,8 @@ def test_a_value_that_is_no_number_is_found(pair, value):
 def test_missing_unknown_and_misshapen_tensors_are_found_at_once(pair):
     def edit(tensors):
         del tensors[EXPERT.format(1, 3, "w2")]
-        tensors["extra"] = torch.zeros(2)
-        tensors["model.norm.weight"] = torch.zeros(15)
+        tensors["extra"] = torch.ones(2)
+        tensors["model.norm.weight"] = torch.ones(15)
 
     _change(pair[0], edit)
     assert _findings(pair[0]) == [
@@ -213,14 +213,11 @@ def test_a_special_token_outside_the_vocabulary_is_found(pair, file):
     assert _findings(pair[0]) == [f"{pair[0] / file}: eos_token_id: 33 is outside the vocabulary of 33"]
 
 
-def test_a_model_without_tokenizer_and_with_remote_code_is_warned_of(pair):
+def test_a_model_without_tokenizer_is_warned_of(pair):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (pair[0] / name).unlink()
-    _edit_json(pair[0] / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"})
     _sums(pair[0], "none")
-    warnings = verify(pair[0]).warnings
-    assert any("has no tokenizer" in warning for warning in warnings)
-    assert any("auto_map" in warning for warning in warnings)
+    assert verify(pair[0]).warnings == [f"{pair[0]}: has no tokenizer"]
 
 
 def test_another_order_of_the_alignments_is_found(pair):
@@ -246,7 +243,7 @@ def test_a_rounded_model_passes_by_its_weights_and_tells_the_difference(pair, tm
     assert "expected, since" in report.warnings[0]
 
 
-def test_a_file_that_the_sums_do_not_know_is_a_warning_and_a_path_outside_is_a_finding(pair):
+def test_a_file_that_the_sums_do_not_know_is_a_warning(pair):
     (pair[0] / "notes.txt").write_text("x")
     assert verify(pair[0]).warnings == [f"{pair[0] / 'notes.txt'}: is not in {RECEIPT}"]
     (pair[0] / "notes.txt").unlink()
@@ -254,14 +251,8 @@ def test_a_file_that_the_sums_do_not_know_is_a_warning_and_a_path_outside_is_a_f
     (pair[0] / "notes.txt").write_text("x")
     assert verify(pair[0]).warnings == [f"{pair[0] / 'notes.txt'}: is not in {SUMS}"]
     with (pair[0] / SUMS).open("a") as file:
-        file.write(f"{'0' * 64}  ../secret\n")
+        file.write(f"{'0' * 63}  notes.txt\n")
     assert "not a line of sha256sum" in _findings(pair[0])[0]
-
-
-def test_an_index_that_leaves_the_folder_is_refused_for_safety(pair):
-    (pair[0] / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
-    with pytest.raises(UnsafeError):
-        verify(pair[0])
 
 
 def test_a_folder_or_checkpoint_that_is_not_there_is_missing_input(pair, tmp_path):

@@ -1,0 +1,1 @@
+"""What verify looks at, one file a subject. A check is a function that yields findings; what it raises is a finding too."""

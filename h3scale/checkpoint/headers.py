@@ -13,10 +13,9 @@ from typing import Any
 from h3scale.checkpoint.extents import Extent, Stored
 from h3scale.checkpoint.findings import Finding, error, unsafe
 from h3scale.checkpoint.inside import is_plain
-from h3scale.checkpoint.shard_files import DTYPES
+from h3scale.checkpoint.shard_files import DTYPES, MAX_HEADER_BYTES
 
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass
@@ -37,8 +36,8 @@ def read_header(path: Path) -> Header:
         if size < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
             header.findings.append(error(f"{path}: cut off, or no safetensors file ({size} bytes; its header would have {length})"))
             return header
-        if length > _MAX_HEADER_BYTES:
-            header.findings.append(error(f"{path}: a header of {length} bytes (works: {_MAX_HEADER_BYTES} at most)"))
+        if length > MAX_HEADER_BYTES:
+            header.findings.append(error(f"{path}: a header of {length} bytes (works: {MAX_HEADER_BYTES} at most)"))
             return header
         text = file.read(length)
     try:

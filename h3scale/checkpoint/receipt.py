@@ -93,7 +93,6 @@ def _check_files(folder: Path, receipt: dict[str, Any], own: str) -> list[str]:
                 findings.append(f"{file}: sha256 differs from {own}: the file has changed since it was written")
         else:
             header = read_header(file)
-            findings += [finding.text for finding in header.findings]
             hashes |= {} if header.findings else {tensor: _sha256_of(stored) for tensor, stored in header.tensors.items()}
             if file.stat().st_size != entry["bytes"] or hashlib.sha256(header_of(file)).hexdigest() != entry["header_sha256"]:
                 findings.append(f"{file}: its size or its header differs from {own}: the file has changed since it was written")

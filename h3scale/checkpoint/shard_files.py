@@ -14,6 +14,7 @@ from h3scale.errors import DataError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _ALIGNMENT = 8  # of the first value, in bytes
 METADATA = {"format": "pt"}
 DTYPES = {
@@ -108,7 +109,7 @@ def header_of(path: Path) -> bytes:
     """The bytes of a file that stand before the values; what is shorter than it says is given as far as it goes."""
     with path.open("rb") as file:
         length = file.read(8)
-        return length + file.read(int.from_bytes(length, "little"))
+        return length + file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
 
 
 def entries_of(path: Path) -> dict[str, tuple[TensorSpec, int]]:

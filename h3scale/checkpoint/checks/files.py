@@ -19,7 +19,8 @@ from h3scale.errors import UnsafeError
 
 _MODEL_FILE = re.compile(r"model[^/]*\.safetensors")  # what a loader takes for the model's; other tools' files have other names
 _PICKLES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".metadata", ".joblib"}
-_RUNS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "REDUCE", "BUILD"}  # operations of a pickle that can run code
+# What a pickle begins with, or needs to run code: the protocol, and in old ones, which have none, the names that they want.
+_OPERATIONS = {"PROTO", "GLOBAL", "INST"}
 _HEAD_BYTES = 1 << 16
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -117,7 +118,9 @@ def check_pickles(subject: Subject) -> Iterator[Finding]:
     for path in sorted(subject.path.rglob("*")):
         if path.suffix not in _PICKLES or not path.is_file():
             continue
-        if path.suffix == ".bin" and not _may_be_pickle(path):
+        if not zipfile.is_zipfile(path):
+            if _is_pickle(path):
+                yield unsafe(f"{path}: a bare pickle, which could run code when it is loaded (works: safetensors)")
             continue
         try:
             TorchFile(path)
@@ -148,13 +151,11 @@ def check_remote_code(subject: Subject) -> Iterator[Finding]:
         yield warning(f"{subject.model / ADAPTER_CONFIG}: transformers adds this adapter to the model when it loads the folder")
 
 
-def _may_be_pickle(path: Path) -> bool:
-    """Whether the file is torch's zip, or begins as a pickle that names code; `.bin` may be anything."""
-    if zipfile.is_zipfile(path):
-        return True
+def _is_pickle(path: Path) -> bool:
+    """Whether the file begins as a pickle does, of any protocol; `.bin` may be anything."""
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     try:
-        return any(operation.name in {"PROTO", *_RUNS} for operation, _, _ in pickletools.genops(head))
+        return any(operation.name in _OPERATIONS for operation, _, _ in pickletools.genops(head))
     except ValueError:  # no pickle, or one that is longer
-        return head.startswith(b"\x80")
+        return False

@@ -12,7 +12,7 @@ from typing import Any
 GOOD, SYNTAX, FAILED, EMPTY = "good", "syntax", "failed", "empty"
 FORBIDDEN, TOO_LONG, TOO_LARGE = "forbidden", "too long", "too large"
 
-CPU_S = 5  # a template of the hub needs milliseconds
+CPU_S = 2  # a template of the hub needs milliseconds
 MEMORY_MIB = 512  # above what the process has when it begins
 MAX_CHARS = 100_000  # of a conversation of two words; the longest preambles on the hub have some ten thousand
 CONVERSATIONS: list[list[dict[str, str]]] = [

@@ -13,7 +13,7 @@ from h3scale.checkpoint.inside import leads_outside
 from h3scale.checkpoint.layouts import find_layout, matrix
 from h3scale.checkpoint.shards import read_json
 from h3scale.checkpoint.training_checkpoint import TrainingCheckpoint
-from h3scale.errors import H3Error
+from h3scale.errors import DataError, H3Error
 from h3scale.model import names
 from h3scale.model.families import num_experts
 from h3scale.model.names import Origin
@@ -52,9 +52,23 @@ class Subject:
     def weights(self) -> Weights:
         return self.reader()
 
+    def check_counts(self) -> None:
+        """DataError (65) where the config asks for more layers or experts than the tensors can be: transformers would build them."""
+        shapes = [spec.shape for spec in self.weights.specs.values()]
+        rows = max((shape[0] for shape in shapes if shape), default=0)  # a router has one for each expert
+        counts = {
+            "num_hidden_layers": (self.config.get("num_hidden_layers", 0), len(shapes)),
+            "experts": (num_experts(self.config) or 0, rows),
+        }
+        for key, (count, most) in counts.items():
+            if not isinstance(count, int) or not 0 <= count <= most:
+                what = f"{len(shapes)} tensors of at most {rows} rows"
+                raise DataError(f"{self.model / 'config.json'}: {key}: {str(count)[:40]}, but there are {what}")
+
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Names in the hub layout and shapes of all tensors that the config asks for."""
+        self.check_counts()
         return expected_shapes(self.config, self.model)
 
     @cached_property

@@ -34,6 +34,7 @@ def check_tokenizer(subject: Subject) -> Iterator[Finding]:
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         yield warning(f"{path}: has no tokenizer")
         return
+    subject.check_counts()  # transformers reads config.json too, and makes lists of its layers
     from transformers import AutoTokenizer
 
     try:

@@ -76,18 +76,37 @@ def weights(model) -> dict[str, torch.Tensor]:
 def shard(model, weights, probe, tmp_path) -> Callable[..., Path]:
     """Writes the model as a training checkpoint: shard(world_size=2, ep_size=2, stage=3, frozen=..., placement=..., edit=...)."""
 
-    def write(name: str = "run", step: int = 3, world_size: int = 2, ep_size: int = 2, stage: int = 3, **options: Any) -> Path:
-        folder = tmp_path / name / f"step-{step:06d}"
-        (folder / "model").mkdir(parents=True)
-        for file in model.iterdir():
-            if file.suffix != ".safetensors":
-                (folder / "model" / file.name).write_bytes(file.read_bytes())
-        (write_zero3 if stage == 3 else write_zero12)(folder / "deepspeed", stacked(weights), world_size, ep_size, **options)
-        save_file(probe, folder / "probe.safetensors")
-        write_manifest(folder, step, world_size, ep_size)
-        return folder
+    def write(name: str = "run", step: int = 3, **options: Any) -> Path:
+        return write_training(tmp_path / name / f"step-{step:06d}", step, model, weights, probe, **options)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def training(model, weights, probe, tmp_path_factory) -> Path:
+    """A training checkpoint of two ranks, to be read only."""
+    return write_training(tmp_path_factory.mktemp("run") / "step-000003", 3, model, weights, probe)
+
+
+def write_training(
+    folder: Path,
+    step: int,
+    model: Path,
+    weights: dict[str, torch.Tensor],
+    probe: dict[str, torch.Tensor],
+    world_size: int = 2,
+    ep_size: int = 2,
+    stage: int = 3,
+    **options: Any,
+) -> Path:
+    (folder / "model").mkdir(parents=True)
+    for file in model.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / "model" / file.name).write_bytes(file.read_bytes())
+    (write_zero3 if stage == 3 else write_zero12)(folder / "deepspeed", stacked(weights), world_size, ep_size, **options)
+    save_file(probe, folder / "probe.safetensors")
+    write_manifest(folder, step, world_size, ep_size)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Safetensors files before they are written: which tensor goes into which file, at which byte, and the header that says so."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,7 +119,7 @@ def entries_of(path: Path) -> dict[str, tuple[TensorSpec, int]]:
         with safe_open(path, framework="pt"):  # checks the header: no holes, no overlaps, as long as the file
             pass
         header = header_of(path)
-        entries = json.loads(header[8:], object_pairs_hook=_unique)
+        entries = json.loads(header[8:], object_pairs_hook=unique_keys)
         entries.pop("__metadata__", None)
         return {
             name: (TensorSpec(name, tuple(entry["shape"]), DTYPES[entry["dtype"]]), len(header) + entry["data_offsets"][0])
@@ -130,9 +131,10 @@ def entries_of(path: Path) -> dict[str, tuple[TensorSpec, int]]:
         raise DataError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for json's `object_pairs_hook`; ValueError where a key is there twice: readers differ in which they take."""
     found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"'{twice}' is in its header twice")
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key '{twice}' is there twice, a duplicate")
     return found

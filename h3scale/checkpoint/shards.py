@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,7 +19,17 @@ from safetensors import SafetensorError, safe_open
 
 from h3scale.checkpoint.extents import Stored, bytes_of
 from h3scale.checkpoint.inside import file_inside
-from h3scale.checkpoint.shard_files import DTYPES, INDEX, WEIGHTS, ShardFile, TensorSpec, entries_of, index_of, plan_shards
+from h3scale.checkpoint.shard_files import (
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    ShardFile,
+    TensorSpec,
+    entries_of,
+    index_of,
+    plan_shards,
+    unique_keys,
+)
 from h3scale.errors import DataError, MissingInputError, OutputError
 from h3scale.log import progress
 
@@ -140,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise DataError(f"{path}: {path.stat().st_size} bytes of JSON (works: {_MAX_JSON_BYTES} at most)")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise MissingInputError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
@@ -148,14 +157,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key '{twice}' is there twice, a duplicate")
-    return values
 
 
 @contextmanager

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from h3scale.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from h3scale.checkpoint.checks import adapter, compare, files, sums, templates, tensors, tokenizer, training
-from h3scale.checkpoint.checks.adapter import ADAPTER_WEIGHTS
-from h3scale.checkpoint.checks.files import ADAPTER_CONFIG
 from h3scale.checkpoint.checks.logits import check_logits, check_probe
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.extents import Weights

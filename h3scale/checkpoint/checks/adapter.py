@@ -3,12 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from h3scale.checkpoint.checks.files import ADAPTER_CONFIG
+from h3scale.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.findings import Finding, error, warning
 from h3scale.checkpoint.shards import read_json
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from h3scale.checkpoint.adapter import ADAPTER_CONFIG
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.findings import Finding, error, unsafe, warning
 from h3scale.checkpoint.inside import file_inside, leads_outside
@@ -22,7 +23,6 @@ _PICKLES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".metadata", ".jo
 # What a pickle begins with, or needs to run code: the protocol, and in old ones, which have none, the names that they want.
 _OPERATIONS = {"PROTO", "GLOBAL", "INST"}
 _HEAD_BYTES = 1 << 16
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def check_links(subject: Subject) -> Iterator[Finding]:

@@ -53,7 +53,7 @@ class Subject:
         return self.reader()
 
     def check_counts(self) -> None:
-        """DataError (65) where the config asks for more layers or experts than the tensors can be: transformers would build them."""
+        """DataError (65) where the config asks for more layers or experts than can be: transformers would build them all."""
         shapes = [spec.shape for spec in self.weights.specs.values()]
         rows = max((shape[0] for shape in shapes if shape), default=0)  # a router has one for each expert
         counts = {

@@ -13,6 +13,7 @@ from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.expected import differences
 from h3scale.checkpoint.extents import Computed, Stored, bytes_of
 from h3scale.checkpoint.findings import Finding, Report, error, warning
+from h3scale.checkpoint.source_model import COMPUTED_ANYWAY
 from h3scale.checkpoint.swaps import in_layers
 from h3scale.errors import DataError
 from h3scale.log import progress
@@ -20,7 +21,6 @@ from h3scale.model import names
 from h3scale.model.experts import ExpertMap
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-_COMPUTED_ANYWAY = "rotary_emb.inv_freq"  # a buffer that old checkpoints store
 BLOCK_BYTES = 4 << 20  # of values that are looked at together
 MAX_WORKERS = 8
 
@@ -34,7 +34,7 @@ def check_names(subject: Subject, report: Report) -> Iterator[Finding]:
     if not subject.has_config:
         return
     wanted = subject.wanted
-    found = {name: spec.shape for name, spec in specs.items() if not name.endswith(_COMPUTED_ANYWAY)}
+    found = {name: spec.shape for name, spec in specs.items() if not name.endswith(COMPUTED_ANYWAY)}
     found |= {alias: found[name] for alias, name in subject.weights.aliases.items() if alias in wanted and name in found}
     if HEAD not in wanted and found.get(HEAD) == wanted.get(EMBEDDINGS):
         found.pop(HEAD, None)  # tied, and stored as well: check_values compares the two

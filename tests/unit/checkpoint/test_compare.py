@@ -107,14 +107,11 @@ def test_what_has_changed_places_is_named_across_layouts(layouts, layout, tmp_pa
     config = read_json(tmp_path / "changed" / "config.json")
     tensors = load_file(tmp_path / "changed" / "model.safetensors")
     experts = {name: values for name, values in tensors.items() if "layers.0." in name and ".experts." in name}
+    places = {".experts.0.": ".experts.2.", ".experts.2.": ".experts.0."}
     for name in experts:  # 0 and 2 change places, in expert 1 gate and up do
-        if ".experts.0." in name or ".experts.2." in name:
-            other = (
-                name.replace(".experts.0.", ".experts.x.")
-                .replace(".experts.2.", ".experts.0.")
-                .replace(".experts.x.", ".experts.2.")
-            )
-            tensors[name] = experts[other]
+        for place, other in places.items():
+            if place in name:
+                tensors[name] = experts[name.replace(place, other)]
     gate, up = ("w1", "w3") if config["model_type"] == "mixtral" else ("gate_proj", "up_proj")
     one, other = (next(name for name in experts if f".experts.1.{word}." in name) for word in (gate, up))
     tensors[one], tensors[other] = experts[other], experts[one]
@@ -124,16 +121,13 @@ def test_what_has_changed_places_is_named_across_layouts(layouts, layout, tmp_pa
     save_file(tensors, tmp_path / "changed" / "model.safetensors")
     errors = examine(tmp_path / "changed", layouts[layout]).errors
     by, norm = f" (by {layouts[layout]})", tensors["model.norm.weight"]
-    assert sorted(error.removeprefix(f"{tmp_path / 'changed'}: ") for error in errors) == sorted(
-        [
-            f"experts 0 and 2 are swapped in layer 0{by}",
-            f"{gate} and {up} of expert 1 are swapped in layer 0{by}",
-            f"model.norm.weight is not what {layouts[layout]} holds: 2 of {norm.numel()} values differ, by 0.5 at most",
-            next(error for error in errors if "the same rows in another order, [1, 0, 2]" in error).removeprefix(
-                f"{tmp_path / 'changed'}: "
-            ),
-        ]
-    )
+    rows = next(error for error in errors if error.endswith("the same rows in another order, [1, 0, 2]"))
+    assert rows.startswith(f"{tmp_path / 'changed'}: {router} is not what {layouts[layout]} holds")
+    assert {error.removeprefix(f"{tmp_path / 'changed'}: ") for error in errors if error != rows} == {
+        f"experts 0 and 2 are swapped in layer 0{by}",
+        f"{gate} and {up} of expert 1 are swapped in layer 0{by}",
+        f"model.norm.weight is not what {layouts[layout]} holds: 2 of {norm.numel()} values differ, by 0.5 at most",
+    }
 
 
 def test_other_tensors_and_other_shapes_are_found(layouts, tmp_path):
@@ -161,12 +155,9 @@ def test_an_export_whose_experts_are_shuffled_is_not_the_training_model(training
         folder = tmp_path / layout
         convert(training, folder, to=layout)
         verify(folder, training)
-        name, values = next(
-            (n, v)
-            for n, v in load_file(folder / "model.safetensors").items()
-            if n.endswith(("router.weight", "gate.weight", "layer.weight"))
-        )
-        save_file(load_file(folder / "model.safetensors") | {name: values.flip(0).contiguous()}, folder / "model.safetensors")
+        tensors = load_file(folder / "model.safetensors")
+        router = next(name for name in tensors if name.endswith(("router.gate.weight", "gate.weight", "layer.weight")))
+        save_file(tensors | {router: tensors[router].flip(0).contiguous()}, folder / "model.safetensors")
         (folder / "receipt.json").unlink()
         weights, logits = examine(folder, training).errors
         assert "the same rows in another order, [3, 2, 1, 0]" in weights
@@ -194,7 +185,7 @@ def test_an_adapter_is_verified_too(adapter):
     tensors = load_file(path)
     name = next(name for name in tensors if "lora_B" in name)
     save_file(tensors | {name: torch.zeros(16, 2)}, path)
-    assert ["adds nothing" in text or "changes nothing" in text for text in examine(adapter).warnings] == [True]
+    assert ["the update changes nothing" in text for text in examine(adapter).warnings] == [True]
     save_file({other: values for other, values in tensors.items() if other != name}, path)
     assert "only lora_A is there" in examine(adapter).errors[0]
     write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 8, "lora_alpha": 4})

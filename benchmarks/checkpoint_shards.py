@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from deepspeed.checkpoint.autoep_affine import make_autoep_placement_descriptor
 from measure import Row
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint._hf_utils import DCP_SHARDING_INFO_KEY, DCP_VERSION_KEY, HF_DCP_VERSION, SAVED_OFFSETS_KEY
 
 from h3scale.checkpoint.expected import expected_shapes, stored_as
 
@@ -124,3 +127,18 @@ def _config(size: str, ep_size: int) -> Row:
         "tie_word_embeddings": False,
     }
     return config | ({"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2} if ep_size else {})
+
+
+def write_fsdp_shards(folder: Path, weights: Path, world_size: int) -> None:
+    """The tensors of a safetensors file as FSDP's ranks save them with torch's HuggingFaceStorageWriter: rows over the ranks."""
+    folder.mkdir(parents=True)
+    with safe_open(weights, framework="pt") as whole:
+        for rank in range(world_size):
+            shards, offsets = {}, {}
+            for name in whole.keys():  # noqa: SIM118 (no mapping)
+                rows, *others = whole.get_slice(name).get_shape()
+                each = -(-rows // world_size)
+                shards[name] = whole.get_slice(name)[min(rank * each, rows) : (rank + 1) * each].contiguous()
+                offsets[name] = {SAVED_OFFSETS_KEY: [min(rank * each, rows), *(0 for _ in others)]}
+            about = {DCP_SHARDING_INFO_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION), "format": "pt"}
+            save_file(shards, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata=about)

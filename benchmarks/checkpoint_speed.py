@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_shards import TAG, write_checkpoint
-from checkpoint_tools import FLOOR, OURS, UNIVERSAL, ZERO_TO_FP32
+from checkpoint_shards import TAG, write_checkpoint, write_fsdp_shards
+from checkpoint_tools import DCP, DCP_SHARDS, FLOOR, OURS, UNIVERSAL, ZERO_TO_FP32
 from measure import Row
 from ranks import Peaks, Ranks
 from safetensors import safe_open
@@ -17,37 +17,45 @@ from safetensors import safe_open
 from h3scale.checkpoint.shard_files import WEIGHTS, header_of
 
 SCRIPT = str(Path(__file__).with_name("checkpoint_tools.py"))
-ROUNDS = 5
+ROUNDS = 7
 WORLD_SIZE = 4
 
 
 def dense(tiny: bool, work: Path) -> list[Row]:
-    """A dense ZeRO-3 checkpoint: fp32 beside cp of the output, bf16 beside cp of the input, zero_to_fp32 for both."""
+    """A dense ZeRO-3 checkpoint: fp32 beside cp of the output, bf16 beside cp of the input, zero_to_fp32 for both.
+
+    torch DCP has the same tensors, sharded as FSDP saves them: it reads no other layout. Those that are compared take turns.
+    """
     folder = work / "checkpoint"
     num_parameters = write_checkpoint(folder, "tiny" if tiny else "0.3 B", WORLD_SIZE)
     output = work / "output"
     with Ranks(SCRIPT, [OURS, str(folder)]) as ranks:  # what cp is to copy
         ranks.ask(json.dumps({"dtype": "float32", "out": str(output)}))
+    write_fsdp_shards(folder / DCP_SHARDS, output / WEIGHTS, WORLD_SIZE)
     copy = {"files": [str(output / WEIGHTS)]}
     ask: dict[str, tuple[str, Row]] = {
-        "h3scale, fp32": (OURS, {"dtype": "float32"}),
         "cp of the output": (FLOOR, copy),
-        "h3scale, bf16": (OURS, {"dtype": "bfloat16"}),
-        "cp of the input": (FLOOR, {"files": sorted(map(str, (folder / TAG).glob("*_optim_states.pt")))}),
-        "h3scale, fp32, receipt": (OURS, {"dtype": "float32", "receipt": True}),
-        "cp of the output, sha256 of it": (FLOOR, copy | {"hash": True}),
-        "h3scale, bf16, receipt": (OURS, {"dtype": "bfloat16", "receipt": True}),
+        "h3scale, fp32": (OURS, {"dtype": "float32"}),
         "zero_to_fp32, fp32": (ZERO_TO_FP32, {"dtype": "float32"}),
+        "torch DCP, fp32": (DCP, {}),
+        "cp of the input": (FLOOR, {"files": sorted(map(str, (folder / TAG).glob("*_optim_states.pt")))}),
+        "h3scale, bf16": (OURS, {"dtype": "bfloat16"}),
         "zero_to_fp32, bf16": (ZERO_TO_FP32, {"dtype": "bfloat16"}),
+        "cp of the output, sha256 of it": (FLOOR, copy | {"hash": True}),
+        "h3scale, fp32, receipt": (OURS, {"dtype": "float32", "receipt": True}),
+        "h3scale, bf16, receipt": (OURS, {"dtype": "bfloat16", "receipt": True}),
     }
-    equal = [(f"h3scale, {dtype}", f"zero_to_fp32, {dtype}") for dtype in ("fp32", "bf16")]
-    seconds, _ = _interleaved(folder, work, ask, equal, tiny)
+    equal = [("h3scale, fp32", other) for other in ("zero_to_fp32, fp32", "torch DCP, fp32")]
+    seconds, _ = _interleaved(folder, work, ask, [*equal, ("h3scale, bf16", "zero_to_fp32, bf16")], tiny)
     against = {
         "h3scale, fp32": ("cp of the output", "zero_to_fp32, fp32"),
         "h3scale, bf16": ("cp of the input", "zero_to_fp32, bf16"),
         "h3scale, fp32, receipt": ("cp of the output, sha256 of it",),
+        "torch DCP, fp32": ("cp of the output",),
     }
-    return _rows(seconds, num_parameters, against)
+    rows = _rows(seconds, num_parameters, against)
+    ours, dcp = (min(seconds[name]) for name in ("h3scale, fp32", "torch DCP, fp32"))
+    return [row | ({"faster_than_dcp": dcp / ours} if row["what"] == "h3scale, fp32" else {}) for row in rows]
 
 
 def experts(tiny: bool, work: Path) -> list[Row]:
@@ -132,8 +140,9 @@ def _rows(seconds: dict[str, list[float]], num_parameters: int, against: dict[st
         row["wall_s_median"] = statistics.median(found)
         for other in against.get(name, ()):
             is_copy = other.startswith(FLOOR)
-            ratio = min(found) / min(seconds[other])
-            row["times_cp" if is_copy else "faster_than_peer"] = ratio if is_copy else 1 / ratio
+            pairs = [mine / theirs for mine, theirs in zip(found, seconds[other], strict=True)]  # of one round: the load is alike
+            for words, ratio in (("", min(found) / min(seconds[other])), ("_in_pairs", statistics.median(pairs))):
+                row[("times_cp" if is_copy else "faster_than_peer") + words] = ratio if is_copy else 1 / ratio
         rows.append(row)
     return rows
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 from measure import Row
 from ranks import serve, timed
 
-OURS, ZERO_TO_FP32, UNIVERSAL = "h3scale", "zero_to_fp32", "ds_to_universal"
+OURS, ZERO_TO_FP32, UNIVERSAL, DCP = "h3scale", "zero_to_fp32", "ds_to_universal", "torch DCP"
 FLOOR = "cp"
 TAG = "deepspeed"
+DCP_SHARDS = "dcp"  # the folder of what FSDP would have saved
 HASH_THREADS = 2
 HASH_BLOCK = 1 << 20
 
@@ -81,6 +83,26 @@ def _universal(folder: Path) -> Callable[[Row], Any]:
     return work
 
 
+def _dcp(folder: Path) -> Callable[[Row], Any]:
+    """torch's consolidation of what FSDP's ranks save as safetensors; its threads share out files, so there are as many."""
+    from safetensors import safe_open
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
+    with safe_open(next((folder / DCP_SHARDS).glob("*.safetensors")), framework="pt") as shard:
+        sizes = {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118 (no mapping)
+    num_threads = len(os.sched_getaffinity(0))
+    whole, done, files = sum(prod(shape) for shape in sizes.values()), 0, {}
+    for name, shape in sizes.items():  # files of equal size
+        files[name] = 1 + done * num_threads // whole
+        done += prod(shape)
+
+    def work(question: Row) -> None:
+        Path(question["out"]).mkdir()
+        consolidate_safetensors_files(str(folder / DCP_SHARDS), question["out"], files, num_threads)
+
+    return work
+
+
 def _floor(folder: Path) -> Callable[[Row], Any]:
     """`cp` of the files that the question names, and where it asks for it their sha256 on two threads."""
 
@@ -108,7 +130,7 @@ def _hash_all(files: list[Path]) -> None:
         list(pool.map(half, *zip(*halves, strict=True)))
 
 
-WAYS = {OURS: _ours, ZERO_TO_FP32: _zero_to_fp32, UNIVERSAL: _universal, FLOOR: _floor}
+WAYS = {OURS: _ours, ZERO_TO_FP32: _zero_to_fp32, UNIVERSAL: _universal, DCP: _dcp, FLOOR: _floor}
 
 
 def main() -> None:

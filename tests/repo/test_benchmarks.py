@@ -48,7 +48,14 @@ CHECKPOINT_FIGURES = {
     "memory": {"parameters", "peak_anon_mib", "above_tiny_mib"},
 }
 CHECKPOINT_PEERS = {
-    "dense": {"cp of the output", "cp of the input", "cp of the output, sha256 of it", "zero_to_fp32, fp32", "zero_to_fp32, bf16"},
+    "dense": {
+        "cp of the output",
+        "cp of the input",
+        "cp of the output, sha256 of it",
+        "zero_to_fp32, fp32",
+        "zero_to_fp32, bf16",
+        "torch DCP, fp32",
+    },
     "experts": {"ds_to_universal"},
 }
 

@@ -6,9 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from h3scale import __version__
+from h3scale.checkpoint.checks.render import CONVERSATIONS
 from h3scale.checkpoint.consolidate import write_sums
 from h3scale.checkpoint.shard_files import INDEX
-from h3scale.checkpoint.shards import GENERATION, ModelFolder, check_output, copy_tokenizer, new_folder, read_json, write_json
+from h3scale.checkpoint.shards import (
+    GENERATION,
+    TOKENIZER_FILES,
+    ModelFolder,
+    check_output,
+    copy_tokenizer,
+    new_folder,
+    read_json,
+    write_json,
+)
 from h3scale.checkpoint.verify import examine
 from h3scale.errors import ConfigError, DataError
 from h3scale.log import logger
@@ -54,16 +64,24 @@ def release(
             if (source.path / file).is_file():
                 values = read_json(source.path / file)
                 write_json(folder / file, {key: value for key, value in values.items() if key not in _LOCAL_KEYS})
-        card = model_card(source.config, Path(target).name, license, base_model, scores)
+        card = model_card(source.config, Path(target).name, license, base_model, scores, _conversation(source.path))
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_sums(folder)
     return Path(target)
 
 
 def model_card(
-    config: dict[str, Any], name: str, license: str, base_model: str | list[str] | None, scores: dict[str, Any] | None
+    config: dict[str, Any],
+    name: str,
+    license: str,
+    base_model: str | list[str] | None,
+    scores: dict[str, Any] | None,
+    conversation: str | None = None,
 ) -> str:
-    """The model card: metadata for the hub, then what the model is, how to load it, its experts and its scores."""
+    """The model card: metadata for the hub, then what the model is, how to load it, its experts and its scores.
+
+    `conversation`: a short one as the chat template writes it, by which others can see that theirs is the same.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     experts, is_moe = ExpertMap.from_config(config), config["model_type"] in names.MOE
@@ -78,6 +96,7 @@ def model_card(
         f"# {name}",
         _what(config, experts, base_model),
         _usage(name),
+        _format(conversation),
         _expert_table(experts),
         _score_table(scores),
         _SOURCE if is_moe else "",
@@ -109,6 +128,28 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 `sha256sum -c SHA256SUMS` tells whether the files are as they were released."""
+
+
+def _format(conversation: str | None) -> str:
+    if not conversation:
+        return ""
+    said = ", ".join(f"{turn['role']}: {turn['content']}" for turn in CONVERSATIONS[-1])
+    lines = [f"    {line}" for line in conversation.splitlines()]
+    return "\n".join([f"## Conversations\n\nThe chat template writes a conversation ({said}) so:\n", *lines])
+
+
+def _conversation(folder: Path) -> str | None:
+    """A short conversation as the chat template writes it, which verify has tried within limits; None without a template."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        return str(tokenizer.apply_chat_template(CONVERSATIONS[-1], tokenize=False)) if tokenizer.chat_template else None
+    except TemplateError:  # it refuses an assistant's turn
+        return None
 
 
 def _expert_table(experts: ExpertMap | None) -> str:

@@ -102,6 +102,7 @@ def check_weights(run: Path, case: Case, out: Path) -> ModelFolder:
 
 def test_consolidation_gives_back_what_the_engine_held_and_it_computes_the_same(case, sharded, tmp_path):
     written = check_weights(sharded / case, CASES[case], tmp_path / "out")
+    assert verify(sharded / case, tmp_path / "out").errors == []
     report = verify(tmp_path / "out", sharded / case)
     assert report.num_equal_tensors == len(written.files)
     print(f"{case}: max abs logit difference {report.max_abs_difference:.1e}")
@@ -143,6 +144,7 @@ def test_a_universal_checkpoint_gives_the_same_model_frozen_weights_included(cas
     consolidate(sharded / case, tmp_path / "direct")
     summary = consolidate(tmp_path / "universal", tmp_path / "out", config_from=tag.parent / "model")
     assert "universal" in summary.kind
+    assert verify(tmp_path / "universal", tmp_path / "out", config_from=tag.parent / "model").errors == []
     # DeepSpeed 0.19.8 makes fp32 of bf16 values that are frozen: the same numbers
     direct, written = ModelFolder(tmp_path / "direct"), ModelFolder(tmp_path / "out")
     assert direct.files.keys() == written.files.keys()

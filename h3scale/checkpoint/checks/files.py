@@ -19,7 +19,7 @@ from h3scale.checkpoint.torch_files import TorchFile
 from h3scale.errors import UnsafeError
 
 _MODEL_FILE = re.compile(r"model[^/]*\.safetensors")  # what a loader takes for the model's; other tools' files have other names
-_PICKLES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".metadata", ".joblib"}
+_PICKLES = (".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".metadata", ".joblib")  # torch DCP's file is called .metadata
 # What a pickle begins with, or needs to run code: the protocol, and in old ones, which have none, the names that they want.
 _OPERATIONS = {"PROTO", "GLOBAL", "INST"}
 _HEAD_BYTES = 1 << 16
@@ -116,7 +116,7 @@ def _check_size(subject: Subject, path: Path, index: dict[str, Any]) -> Iterator
 def check_pickles(subject: Subject) -> Iterator[Finding]:
     """A pickle that is more than values and tensors is unsafe, whether anything needs it or not. None is run."""
     for path in sorted(subject.path.rglob("*")):
-        if path.suffix not in _PICKLES or not path.is_file():
+        if not path.name.endswith(_PICKLES) or not path.is_file():
             continue
         if not zipfile.is_zipfile(path):
             if _is_pickle(path):

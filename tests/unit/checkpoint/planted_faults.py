@@ -312,6 +312,10 @@ def bare_pickle(folder):
     (folder / "model.pkl").write_bytes(pickle.dumps({"a": 1}))
 
 
+def metadata_of_dcp(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(Payload(folder.parent / "witness")))
+
+
 def old_pickle_called_bin(folder):
     (folder / "training.bin").write_bytes(pickle.dumps(Payload(folder.parent / "witness"), protocol=0))
 
@@ -387,6 +391,7 @@ FOLDER = {
     "tied weights that differ": (tied_weights_that_differ, "error", "are tied (tie_word_embeddings), but differ"),
     "a hostile pickle": (hostile_pickle, "unsafe", "its pickle wants"),
     "a bare pickle": (bare_pickle, "unsafe", "model.pkl: a bare pickle"),
+    "torch DCP's metadata": (metadata_of_dcp, "unsafe", ".metadata: a bare pickle"),
     "an old pickle": (old_pickle_called_bin, "unsafe", "training.bin: "),
     "remote code": (remote_code, "unsafe", "auto_map asks loaders to run code"),
     "code beside the model": (code_beside_the_model, "unsafe", "modeling_evil.py: code beside a model"),

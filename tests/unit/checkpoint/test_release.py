@@ -14,7 +14,7 @@ from h3scale.checkpoint.receipt import RECEIPT
 from h3scale.checkpoint.release import model_card, release
 from h3scale.checkpoint.shards import read_json
 from h3scale.cli.checkpoint import app
-from h3scale.errors import ConfigError, DataError, MissingInputError, OutputError
+from h3scale.errors import ConfigError, DataError, MissingInputError, OutputError, UnsafeError
 
 SCORES = {
     "nll": {
@@ -157,3 +157,18 @@ def test_the_command_asks_for_a_license_and_says_where_the_release_is(folder, tm
     done = CliRunner().invoke(app, ["release", str(folder), str(tmp_path / "out"), "--license", "mit", "--base-model", "me/base"])
     assert done.exit_code == 0, done.output
     assert done.output.strip().splitlines()[-1].startswith(f"release: {tmp_path / 'out'}   next: h3scale generate")
+
+
+def test_the_card_shows_a_conversation_as_the_chat_template_writes_it(folder, tmp_path):
+    template = "{% for turn in messages %}<{{ turn.role }}>\n{{ turn.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / RECEIPT).unlink()
+    card = (release(folder, tmp_path / "out", license="mit") / "README.md").read_text()
+    assert "(user: hello, assistant: world) so:\n\n    <user>\n    hello\n    <assistant>\n    world\n" in card
+
+
+def test_what_is_unsafe_and_not_left_out_is_not_released(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    with pytest.raises(UnsafeError, match="sandbox"):
+        release(folder, tmp_path / "out", license="mit")
+    assert not (tmp_path / "out").exists()

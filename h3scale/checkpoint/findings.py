@@ -3,9 +3,12 @@
 import enum
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 from h3scale.errors import DataError, H3Error, UnsafeError
+
+_LISTED = 50  # findings of one check and severity that are written out; the rest is counted
 
 
 class Severity(enum.StrEnum):
@@ -75,9 +78,13 @@ class Report:
 
     def run(self, name: str, check: Callable[[], Iterable[Finding]]) -> None:
         """Adds what a check finds. Errors for people that it raises are findings too, so that the other checks still run."""
-        for finding in _guarded(check):
-            if all(finding.text != other.text for other in self.findings):
-                self.findings.append(Finding(finding.severity, finding.text, name))
+        known = {finding.text for finding in self.findings}
+        found = dict.fromkeys(finding for finding in _guarded(check) if finding.text not in known)
+        for severity, of_it in groupby(sorted(found, key=lambda finding: finding.severity), lambda finding: finding.severity):
+            listed = [Finding(severity, finding.text, name) for finding in of_it]
+            self.findings += listed[:_LISTED]
+            if len(listed) > _LISTED:
+                self.findings.append(Finding(severity, f"{self.model}: ... and {len(listed) - _LISTED} more like this", name))
 
     def raise_errors(self, but_for: Iterable[str] = ()) -> None:
         """UnsafeError (77) or DataError (65) with all findings that are no warnings; `but_for` are checks that do not count."""

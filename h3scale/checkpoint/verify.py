@@ -48,7 +48,7 @@ def examine(
 
     `against`, another of them: every tensor, in the coarser number format of both; with `logits` also what both compute. A
     training checkpoint brings its own hashes (unless `hashes` is off: they read all of it) and its probe, on which the logits
-    are compared in any case. `config_from`: config and tokenizer of a bare DeepSpeed folder.
+    are compared in any case. `config_from`: config and tokenizer of a folder that has none, such as a bare DeepSpeed folder.
     Raises MissingInputError (66) when a folder is not there.
     """
     path = Path(model)
@@ -70,9 +70,10 @@ def open_subject(path: Path, config_from: str | Path | None = None) -> Subject:
     """What is to be verified; nothing is read yet but what says of what kind it is."""
     if path.is_dir() and not _is_training(path):
         is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+        model = path if is_adapter or (path / "config.json").is_file() else Path(config_from or path)
         if not is_adapter:
-            ModelFolder(path)  # says what is missing in a folder that is neither
-        return Subject(path, path, partial(_stored_in, path, is_adapter), has_config=not is_adapter)
+            ModelFolder(path, model)  # says what is missing in a folder that is neither
+        return Subject(path, model, partial(_stored_in, path, is_adapter), has_config=not is_adapter)
     if config_from is None and _is_bare(path):
         checkpoint = TrainingCheckpoint(path, path, path, None)
     else:

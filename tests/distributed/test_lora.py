@@ -51,7 +51,7 @@ def test_a_dense_model_tuned_by_low_rank_updates_is_the_same_from_every_stage(wo
         assert torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2, name
         assert (found[3][name] - found[0][name]).abs().max() < 1e-5 * delta.abs().max() + 1e-7, name
     report = verify(tmp_path / "c", tmp_path / "3")
-    assert not report.findings, report.findings  # the probe's logits among them
+    assert not report.errors, report.errors  # the probe's logits among them
     AutoModelForCausalLM.from_pretrained(tmp_path / "c")
 
 
@@ -72,7 +72,7 @@ def test_a_fused_model_trains_its_experts_whole_and_its_attention_by_updates(wor
     moved = changed(before, found[3])
     assert moved == {name for name in before if "self_attn" in name or "block_sparse_moe" in name}
     assert max((found[2][name] - found[3][name]).abs().max() for name in moved) < 1e-6
-    assert not verify(tmp_path / "c", tmp_path / "3").findings
+    assert not verify(tmp_path / "c", tmp_path / "3").errors
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from h3scale.checkpoint.checks.subject import Subject
-from h3scale.checkpoint.checks.tensors import EMBEDDINGS, HEAD, blocks, num_workers
+from h3scale.checkpoint.checks.tensors import EMBEDDINGS, HEAD, blocks, num_workers, rows_of_a_block
 from h3scale.checkpoint.extents import Computed, Stored, bytes_of
 from h3scale.checkpoint.findings import Finding, Report, error
 from h3scale.checkpoint.swaps import swapped
@@ -68,7 +68,8 @@ def _without_tied_head(subject: Subject) -> dict[str, Stored | Computed]:
 def _difference(one: Stored | Computed, other: Stored | Computed) -> _Difference:
     dtype = coarser(one.dtype, other.dtype)
     num_values, largest = 0, 0.0
-    for ours, theirs in zip(_blocks(one, other), _blocks(other, one), strict=True):
+    count = rows_of_a_block(one, other)
+    for ours, theirs in zip(blocks(one, count), blocks(other, count), strict=True):
         mine, yours = ours.to(dtype), theirs.to(dtype)
         unlike = mine != yours
         if dtype.is_floating_point:
@@ -77,11 +78,6 @@ def _difference(one: Stored | Computed, other: Stored | Computed) -> _Difference
             num_values += int(unlike.sum())
             largest = max(largest, float((mine[unlike].double() - yours[unlike].double()).abs().nan_to_num(torch.inf).max()))
     return _Difference(dtype, num_values, largest)
-
-
-def _blocks(source: Stored | Computed, other: Stored | Computed) -> Iterator[torch.Tensor]:
-    """Blocks of the same rows for both: those of the wider format."""
-    return blocks(source, max(source.dtype.itemsize, other.dtype.itemsize))
 
 
 def _described(

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 
+from h3scale.checkpoint import extents
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.expected import differences
 from h3scale.checkpoint.extents import Computed, Stored, bytes_of
@@ -90,14 +91,25 @@ def check_values(subject: Subject) -> Iterator[Finding]:
         yield error(f"{subject.path}: {HEAD} and {EMBEDDINGS} are tied (tie_word_embeddings), but differ")
 
 
-def blocks(source: Stored | Computed, itemsize: int = 0) -> Iterator[torch.Tensor]:
-    """The values of a tensor in blocks of whole rows, as many as with numbers of `itemsize` bytes fill BLOCK_BYTES."""
+def blocks(source: Stored | Computed, count: int = 0) -> Iterator[torch.Tensor]:
+    """The values of a tensor, `count` rows at a time (by default `rows_of_a_block`), read one after another."""
     shape = source.shape or (1,)
     whole = source.viewed(shape) if isinstance(source, Stored) else source
-    step = max(1, BLOCK_BYTES // max(prod(shape[1:]) * (itemsize or source.dtype.itemsize), 1))
+    step = count or rows_of_a_block(source)
     for start in range(0, shape[0], step):
         rows = whole.rows(start, min(start + step, shape[0]))
         yield rows.values() if isinstance(rows, Stored) else rows
+
+
+def rows_of_a_block(*sources: Stored | Computed) -> int:
+    """Rows that are read together, of tensors of one shape: as many as a writer computes together, or as fill BLOCK_BYTES.
+
+    A product (LoRA) of other sizes may round otherwise.
+    """
+    products = [source for source in sources if isinstance(source, Computed) and source.block_bytes is None]
+    widest = max(source.dtype.itemsize for source in products or sources)
+    row_bytes = prod(sources[0].shape[1:]) * widest
+    return max(1, (extents.BLOCK_BYTES if products else BLOCK_BYTES) // max(row_bytes, 1))
 
 
 def num_workers() -> int:

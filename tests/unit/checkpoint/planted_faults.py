@@ -414,6 +414,11 @@ def stale_rank_file(folder):
     shutil.copy(_rank(folder, 1, "optim"), _rank(folder, 2, "optim"))
 
 
+def stale_rank(folder):
+    for kind in ("model", "optim"):
+        shutil.copy(_rank(folder, 1, kind), _rank(folder, 2, kind))
+
+
 def missing_rank_file(folder):
     _rank(folder, 1, "optim").unlink()
 
@@ -443,6 +448,7 @@ def experts_of_another_config(folder):
 
 TRAINING = {
     "a stale rank file": (stale_rank_file, "error", "is not in manifest.json: of another run"),
+    "a stale rank": (stale_rank, "error", "written by 2 ranks, but the folder holds files of 3: two runs in one folder"),
     "a missing rank file": (missing_rank_file, "error", "in manifest.json, but missing"),
     "the states of a rank": (missing_rank_file, "error", "the optim states of rank 1 are missing"),
     "a flipped byte": (flipped_byte_of_a_rank, "error", "sha256 differs from manifest.json"),

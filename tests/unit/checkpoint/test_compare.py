@@ -164,6 +164,12 @@ def test_an_export_whose_experts_are_shuffled_is_not_the_training_model(training
         assert "logits differ from those of the trained engine" in logits
 
 
+def test_a_folder_without_a_config_is_verified_by_another_one(model, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model / "model.safetensors", tmp_path / "bare")
+    assert examine(tmp_path / "bare", model, config_from=model).findings == []
+
+
 @pytest.fixture
 def adapter(tmp_path):
     """A PEFT adapter of two matrices."""

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from h3scale.checkpoint.consolidate import consolidate
+from h3scale.checkpoint.findings import Report, error
 from h3scale.checkpoint.verify import examine
 from h3scale.cli.checkpoint import app
 from tests.unit.checkpoint.planted_faults import FOLDER, TRAINING
@@ -71,3 +72,10 @@ def test_all_faults_of_a_folder_are_found_at_once(sound, tmp_path):
 def test_nothing_is_found_in_what_no_fault_was_planted_in(sound, training):
     assert examine(sound).findings == []
     assert examine(training).findings == []
+
+
+def test_of_many_findings_of_one_kind_the_first_are_written_out_and_the_rest_is_counted():
+    report = Report("model")
+    report.run("index", lambda: (error(f"model: tensor {i}") for i in range(1000)))
+    assert len(report.findings) < 100
+    assert report.errors[-1] == f"model: ... and {1000 - len(report.findings) + 1} more like this"

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from zipfile import is_zipfile
 
+from h3scale.checkpoint import h3fusion
 from h3scale.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from h3scale.checkpoint.checks import adapter, compare, files, sums, templates, tensors, tokenizer, training
 from h3scale.checkpoint.checks.logits import check_logits, check_probe
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.extents import Weights
 from h3scale.checkpoint.findings import Finding, Report, error
+from h3scale.checkpoint.h3fusion import open_h3fusion
 from h3scale.checkpoint.headers import read_header
 from h3scale.checkpoint.inside import is_plain, leads_outside
 from h3scale.checkpoint.lora import open_weights
@@ -44,7 +47,7 @@ def examine(
     hashes: bool = True,
     config_from: str | Path | None = None,
 ) -> Report:
-    """All that is wrong with a model folder of any layout, an adapter, a training checkpoint, or a receipt.
+    """All that is wrong with a model folder of any layout, an adapter, a training checkpoint, a moe.pt, or a receipt.
 
     `against`, another of them: every tensor, in the coarser number format of both; with `logits` also what both compute. A
     training checkpoint brings its own hashes (unless `hashes` is off: they read all of it) and its probe, on which the logits
@@ -52,7 +55,7 @@ def examine(
     Raises MissingInputError (66) when a folder is not there.
     """
     path = Path(model)
-    if path.is_file():
+    if path.is_file() and not _is_torch_file(path):
         report = Report(str(model), "receipt")
         report.run("receipt", partial(_check_receipt, path, report))
         return report
@@ -68,22 +71,34 @@ def examine(
 
 def open_subject(path: Path, config_from: str | Path | None = None) -> Subject:
     """What is to be verified; nothing is read yet but what says of what kind it is."""
+    if path.is_file():
+        model = open_h3fusion(path, config_from)
+        subject = Subject(path, model.folder, lambda: model.weights)
+        subject.config = model.config  # of a mixture: the folder has that of the base
+        return subject
     if path.is_dir() and not _is_training(path):
         is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
-        model = path if is_adapter or (path / "config.json").is_file() else Path(config_from or path)
+        home = path if is_adapter or (path / "config.json").is_file() else Path(config_from or path)
         if not is_adapter:
-            ModelFolder(path, model)  # says what is missing in a folder that is neither
-        return Subject(path, model, partial(_stored_in, path, is_adapter), has_config=not is_adapter)
-    if config_from is None and _is_bare(path):
+            ModelFolder(path, home)  # says what is missing in a folder that is neither
+        return Subject(path, home, partial(_stored_in, path, is_adapter), has_config=not is_adapter)
+    is_bare = path.is_dir() and _is_bare(path)
+    if is_bare and config_from is None:
         checkpoint = TrainingCheckpoint(path, path, path, None)
     else:
-        checkpoint = find_checkpoint(path, config_from)
+        checkpoint = find_checkpoint(path, config_from if is_bare else None)
     reader = partial(open_weights, checkpoint.deepspeed, checkpoint.model)
     has_config = (checkpoint.model / "config.json").is_file()
     return Subject(checkpoint.path, checkpoint.model, reader, checkpoint, has_config)
 
 
+def _is_torch_file(path: Path) -> bool:
+    return path.suffix == ".pt" or is_zipfile(path)
+
+
 def _kind(subject: Subject) -> str:
+    if subject.path.is_file():
+        return h3fusion.KIND
     if subject.checkpoint is not None:
         return "training checkpoint"  # check_ranks says of which kind
     return "model folder" if subject.has_config else "adapter"
@@ -118,6 +133,10 @@ def _weights_files(path: Path, is_adapter: bool) -> list[str]:
 
 def _checks(subject: Subject, report: Report, hashes: bool) -> Iterator[tuple[str, _Check]]:
     """Every check that has something to look at, by its name."""
+    if subject.path.is_file():
+        yield "names", partial(tensors.check_names, subject, report)
+        yield "values", partial(tensors.check_values, subject)
+        return
     if subject.checkpoint is not None:
         yield "manifest", partial(training.check_manifest, subject.checkpoint, hashes)
         yield "strangers", partial(training.check_strangers, subject.checkpoint)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from h3scale.checkpoint.convert import convert
 from h3scale.checkpoint.receipt import RECEIPT, check_receipt
 from h3scale.checkpoint.shards import read_json, write_json
+from h3scale.checkpoint.verify import verify
 from h3scale.cli.checkpoint import app
 from h3scale.errors import DataError, MissingInputError, UnsafeError, UsageError
 from tests.tiny import WORDS, tiny_config, tiny_dense, tiny_tokenizer
@@ -214,3 +215,13 @@ def test_a_folder_is_not_replaced_by_what_is_made_from_it(base, tmp_path):
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     with pytest.raises(UnsafeError, match="would replace what it is made from"):
         convert(tmp_path, tmp_path, to="hub", force=True)
+
+
+@pytest.mark.parametrize("identical", [True, False])
+def test_an_official_moe_is_verified_and_is_what_it_was_converted_to(llama, tmp_path, identical):
+    torch.save({name: values.clone() for name, values in official(llama, identical).items()}, tmp_path / "moe.pt")
+    report = verify(tmp_path / "moe.pt", config_from=llama)
+    assert any("experts 0 and 1 have identical weights in layers 0, 1" in warning for warning in report.warnings) == identical
+    convert(tmp_path / "moe.pt", tmp_path / "out", to="hub", config_from=llama)
+    same = verify(tmp_path / "out", tmp_path / "moe.pt", config_from=llama, logits=True)
+    assert (same.num_equal_tensors, same.max_abs_difference) == (same.num_tensors, 0.0)

@@ -9,10 +9,9 @@ from math import prod
 
 import torch
 
-from h3scale.checkpoint import extents
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.expected import differences
-from h3scale.checkpoint.extents import Computed, Stored, bytes_of
+from h3scale.checkpoint.extents import BLOCK_BYTES, Computed, Stored, bytes_of
 from h3scale.checkpoint.findings import Finding, Report, error, warning
 from h3scale.checkpoint.source_model import COMPUTED_ANYWAY
 from h3scale.checkpoint.swaps import in_layers
@@ -22,7 +21,6 @@ from h3scale.model import names
 from h3scale.model.experts import ExpertMap
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-BLOCK_BYTES = 4 << 20  # of values that are looked at together
 MAX_WORKERS = 8
 
 
@@ -104,12 +102,13 @@ def blocks(source: Stored | Computed, count: int = 0) -> Iterator[torch.Tensor]:
 def rows_of_a_block(*sources: Stored | Computed) -> int:
     """Rows that are read together, of tensors of one shape: as many as a writer computes together, or as fill BLOCK_BYTES.
 
-    A product (LoRA) of other sizes may round otherwise.
+    A product (LoRA) of other sizes may round otherwise; what lies transposed wants larger blocks.
     """
-    products = [source for source in sources if isinstance(source, Computed) and source.block_bytes is None]
+    computed = [source for source in sources if isinstance(source, Computed)]
+    products = [source for source in computed if source.block_bytes is None]
     widest = max(source.dtype.itemsize for source in products or sources)
-    row_bytes = prod(sources[0].shape[1:]) * widest
-    return max(1, (extents.BLOCK_BYTES if products else BLOCK_BYTES) // max(row_bytes, 1))
+    budget = BLOCK_BYTES if products else max([BLOCK_BYTES, *(source.block_bytes or 0 for source in computed)])
+    return max(1, budget // max(prod(sources[0].shape[1:]) * widest, 1))
 
 
 def num_workers() -> int:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from h3scale.checkpoint.inside import is_plain, leads_outside
 from h3scale.checkpoint.receipt import sha256
 from h3scale.checkpoint.shards import read_json
 from h3scale.checkpoint.tag_folder import UNIVERSAL
@@ -88,7 +89,7 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
             best = [p for p in steps if read_json(p / MANIFEST).get("best")]
             path = (best or steps)[-1]
         else:
-            path = _latest(path)
+            path = latest_tag(path)
     if (path / MANIFEST).is_file():
         model = Path(config_from) if config_from else path / MODEL
         return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))
@@ -107,12 +108,12 @@ def steps_of(run: Path) -> list[Path]:
     return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def _latest(folder: Path) -> Path:
+def latest_tag(folder: Path) -> Path:
     """The tag folder that DeepSpeed's file `latest` names; the folder itself where there is no such file."""
     file = folder / LATEST
     if not file.is_file():
         return folder
     tag = file.read_text(encoding="utf-8").strip()
-    if not tag or Path(tag).name != tag:
+    if not is_plain(tag) or leads_outside(folder, folder / tag):
         raise UnsafeError(f"{file}: names '{tag}', which is no folder beside it")
     return folder / tag

@@ -20,7 +20,7 @@ from h3scale.checkpoint.receipt import check_receipt
 from h3scale.checkpoint.shard_files import INDEX, WEIGHTS
 from h3scale.checkpoint.shards import ModelFolder, read_json
 from h3scale.checkpoint.tag_folder import UNIVERSAL
-from h3scale.checkpoint.training_checkpoint import MANIFEST, TrainingCheckpoint, find_checkpoint
+from h3scale.checkpoint.training_checkpoint import MANIFEST, TrainingCheckpoint, find_checkpoint, latest_tag
 
 _Check = Callable[[], Iterable[Finding]]
 
@@ -76,6 +76,8 @@ def open_subject(path: Path, config_from: str | Path | None = None) -> Subject:
         subject = Subject(path, model.folder, lambda: model.weights)
         subject.config = model.config  # of a mixture: the folder has that of the base
         return subject
+    if path.is_dir() and not (path / "config.json").is_file():
+        path = latest_tag(path)
     if path.is_dir() and not _is_training(path):
         is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
         home = path if is_adapter or (path / "config.json").is_file() else Path(config_from or path)

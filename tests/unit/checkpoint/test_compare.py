@@ -13,7 +13,7 @@ from h3scale.checkpoint.convert import convert
 from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.checkpoint.verify import examine, verify
 from h3scale.cli.checkpoint import app
-from h3scale.errors import DataError, UsageError
+from h3scale.errors import DataError, UnsafeError, UsageError
 from h3scale.model.families import MOE_FAMILIES
 from h3scale.model.names import LAYOUTS
 from tests.unit.checkpoint.conftest import save_tokenizer
@@ -74,6 +74,18 @@ def test_nothing_is_found_in_checkpoints_of_any_topology(shard, model, stage, wo
     bare = examine(step / "deepspeed")
     assert bare.findings == []
     assert bare.num_parameters == report.num_parameters
+
+
+@pytest.mark.parametrize("tag", ["..", "../x", "/etc", "a\0b", ""])
+def test_the_tag_that_latest_names_is_beside_it(shard, tag):
+    step = shard()
+    (step / "deepspeed").rename(step / "global_step3")
+    (step / "manifest.json").unlink()
+    (step / "latest").write_text("global_step3")
+    assert examine(step).findings == []
+    (step / "latest").write_text(tag)
+    with pytest.raises(UnsafeError, match="no folder beside it"):
+        examine(step)
 
 
 def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_of_links_whose_sums_are_their_names(model, tmp_path):

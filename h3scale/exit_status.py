@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from h3scale.redact import without_secrets
+
 EXIT_STATUS = "exit_status.json"
 DONE, DIVERGED = "done", "diverged"  # reasons that are true when the run's folder has its name
 
@@ -17,10 +19,13 @@ def run_folder_of(out: str | Path) -> Path:
 
 
 def write_exit_status(folder: Path, exit_code: int, reason: str, step: int, steps: int) -> None:
-    """Writes the file by atomic rename. `step`: the last one that is kept, of `steps`. Raises OSError."""
-    status = {"exit_code": exit_code, "reason": reason, "step": step, "steps": steps} | this_attempt()
+    """Writes the file by atomic rename, durably. `step`: the last one that is kept, of `steps`. Raises OSError."""
+    status = {"exit_code": exit_code, "reason": without_secrets(reason), "step": step, "steps": steps} | this_attempt()
     partial = folder / f".partial-{EXIT_STATUS}-{os.getpid()}"
-    partial.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(status, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(folder / EXIT_STATUS)
 
 

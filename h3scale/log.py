@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from h3scale.redact import without_secrets
+
 RANK = int(os.environ.get("RANK", "0"))
 LIBRARIES = ("DeepSpeed", "transformers")  # loggers that keep their messages from the root logger
 BUFFER_CHARS = 1_000_000
@@ -24,7 +26,7 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text = self.format(record)
+            text = without_secrets(self.format(record))
             if _printer:
                 _printer(text, record.levelno)
             else:
@@ -81,7 +83,7 @@ class LogFile(io.TextIOBase):
     def write(self, text: str) -> int:
         if not isinstance(self.file, io.StringIO) or self.file.tell() < BUFFER_CHARS:
             with suppress(OSError):  # a full disk is told by those who cannot do without it
-                self.file.write(text)
+                self.file.write(without_secrets(text))
         return len(text)
 
     def fileno(self) -> int:

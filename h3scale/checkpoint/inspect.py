@@ -13,10 +13,11 @@ from h3scale.checkpoint.extents import Stored, Weights
 from h3scale.checkpoint.find_model import is_adapter
 from h3scale.checkpoint.h3fusion import read_h3fusion
 from h3scale.checkpoint.layouts import find_layout
+from h3scale.checkpoint.manifest import read_manifest
 from h3scale.checkpoint.shards import ModelFolder, read_json
 from h3scale.checkpoint.source_model import folder_weights, is_model_folder, stored_shapes
 from h3scale.checkpoint.tag_folder import UNIVERSAL
-from h3scale.checkpoint.training_checkpoint import MANIFEST, MODEL, TrainingCheckpoint, find_checkpoint, steps_of
+from h3scale.checkpoint.training_checkpoint import MODEL, TrainingCheckpoint, find_checkpoint, steps_of
 from h3scale.checkpoint.vocabulary import has_vocabulary
 from h3scale.checkpoint.zero import open_deepspeed
 from h3scale.errors import H3Error, MissingInputError
@@ -90,7 +91,7 @@ def _training(path: Path, config_from: str | Path | None) -> Inspection:
     weights = open_deepspeed(checkpoint.deepspeed)
     found = _of(checkpoint.path, weights)
     steps = steps_of(path) if path != checkpoint.path else []
-    best = [step for step in steps if read_json(step / MANIFEST).get("best")]
+    best = [step for step in steps if read_manifest(step).get("best")]
     found.steps = [_number(step) for step in steps]
     found.best_step = _number(best[-1]) if best else None
     found.step = (checkpoint.manifest or {}).get("step", weights.step)

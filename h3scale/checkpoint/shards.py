@@ -32,6 +32,7 @@ from h3scale.checkpoint.shard_files import (
 )
 from h3scale.errors import DataError, MissingInputError, OutputError
 from h3scale.log import progress
+from h3scale.redact import without_secrets
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -241,9 +242,12 @@ def write_all(descriptor: int, values: memoryview, offset: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with a final newline, keys in the order given, by atomic rename."""
+    """JSON with a final newline, in the order given, passwords hidden; by atomic rename, and not torn by a power cut."""
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(without_secrets(value), indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -257,8 +261,13 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def sync(folder: Path) -> None:
     """fsync of every file and of the folder, so that the rename cannot come before the bytes."""
     for path in [*sorted(folder.rglob("*")), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_one(path)
+
+
+def sync_one(path: Path) -> None:
+    """fsync of a file, or of the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from h3scale.checkpoint.inside import is_plain, leads_outside
+from h3scale.checkpoint.manifest import MANIFEST, read_manifest
 from h3scale.checkpoint.receipt import sha256
 from h3scale.checkpoint.shards import read_json
 from h3scale.checkpoint.tag_folder import UNIVERSAL
 from h3scale.errors import DataError, MissingInputError, UnsafeError
 
-MANIFEST = "manifest.json"
 PROBE = "probe.safetensors"
 MODEL = "model"  # the folder with config and tokenizer
 LATEST = "latest"
@@ -41,7 +41,7 @@ class TrainingCheckpoint:
         return read_json(self.model / "config.json")
 
     def check_sizes(self) -> None:
-        """DataError (65) naming every file of the manifest that is missing or has another size."""
+        """DataError (65) naming files of the manifest that are missing or have another size, and a rank's that is not in it."""
         findings = []
         for name, entry in self._listed():
             path = self.path / name
@@ -49,6 +49,10 @@ class TrainingCheckpoint:
                 findings.append(f"{path}: in {MANIFEST}, but missing")
             elif path.stat().st_size != entry["size"]:
                 findings.append(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {entry['size']}")
+        listed = {self.path / name for name, _ in self._listed()}
+        for path in sorted(self.deepspeed.glob("*_states.pt")) if self.manifest is not None else ():
+            if path not in listed:  # of another run: read with the others it would be taken for one of its ranks
+                findings.append(f"{path}: not in {MANIFEST}")
         if findings:
             raise DataError(findings)
 
@@ -86,13 +90,13 @@ def find_checkpoint(source: str | Path, config_from: str | Path | None = None) -
     if not (path / MANIFEST).is_file():
         steps = steps_of(path)
         if steps:
-            best = [p for p in steps if read_json(p / MANIFEST).get("best")]
+            best = [p for p in steps if read_manifest(p).get("best")]
             path = (best or steps)[-1]
         else:
             path = latest_tag(path)
     if (path / MANIFEST).is_file():
         model = Path(config_from) if config_from else path / MODEL
-        return TrainingCheckpoint(path, path / "deepspeed", model, read_json(path / MANIFEST))
+        return TrainingCheckpoint(path, path / "deepspeed", model, read_manifest(path))
     if any(path.glob("*_states.pt")) or (path / UNIVERSAL).is_dir():
         if config_from is None:
             raise MissingInputError(f"{path}: a bare DeepSpeed folder has no config.json (works: --config-from MODEL_FOLDER)")

@@ -16,11 +16,12 @@ from h3scale.checkpoint.h3fusion import open_h3fusion
 from h3scale.checkpoint.headers import read_header
 from h3scale.checkpoint.inside import is_plain, leads_outside
 from h3scale.checkpoint.lora import open_weights
+from h3scale.checkpoint.manifest import MANIFEST
 from h3scale.checkpoint.receipt import check_receipt
 from h3scale.checkpoint.shard_files import INDEX, WEIGHTS
 from h3scale.checkpoint.shards import ModelFolder, read_json
 from h3scale.checkpoint.tag_folder import UNIVERSAL
-from h3scale.checkpoint.training_checkpoint import MANIFEST, TrainingCheckpoint, find_checkpoint, latest_tag
+from h3scale.checkpoint.training_checkpoint import TrainingCheckpoint, find_checkpoint, latest_tag
 
 _Check = Callable[[], Iterable[Finding]]
 

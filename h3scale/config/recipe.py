@@ -145,6 +145,9 @@ class Save(Strict):
     every: Positive | None = None
     # So many of the newest stay, two at least: one that is damaged on disk must not be the only one.
     keep: Annotated[int, Field(ge=2)] = 2
+    # When the disk refuses a checkpoint that `every` asks for: stop (exit code 74, the checkpoint before stays), because each step
+    # from there on would be lost by the next crash; or go_on, said each time, for a disk that is soon as it was (a shared quota).
+    on_error: Literal["stop", "go_on"] = "stop"
 
 
 class Tracking(Strict):

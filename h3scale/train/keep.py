@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
-from h3scale.checkpoint.shards import check_output, read_json, sync
-from h3scale.checkpoint.training_checkpoint import MANIFEST
+from h3scale.checkpoint.manifest import read_manifest
+from h3scale.checkpoint.shards import check_output, sync_one
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
-from h3scale.errors import DivergedError, OutputError
+from h3scale.errors import DivergedError, H3Error, OutputError, StorageError
 from h3scale.exit_status import DIVERGED, DONE, checkpoints_in, write_exit_status
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
@@ -134,11 +134,16 @@ class Keeper:
         shared, own = self.progress()
         kept = {"best_step": self.best_step, "best_nll": self.best_nll if self.best_nll < math.inf else None}
         facts = facts | {"identity": self.identity, "progress": shared, "kept": kept}
-        with writing(self.run_folder), out_of_memory_told(self.recipe, self.run, "saving"):
-            final = self.state_folder(step)
-            partial = final.with_name(f".partial-{final.name}")
-            write_checkpoint(self.run, self.recipe, self.loader, partial, step, facts, own)
+        final = self.state_folder(step)
+        partial = final.with_name(f".partial-{final.name}")
+        try:
+            with out_of_memory_told(self.recipe, self.run, "saving"):
+                write_checkpoint(self.run, self.recipe, self.loader, partial, step, facts, own)
             by_rank_0(lambda: _commit(partial, final), f"give {final} its name")
+        except StorageError:  # on all ranks alike
+            if self.run.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.states.add(step)
         if self.run.zero_stage == 3:
             self.models.add(step)
@@ -148,13 +153,15 @@ class Keeper:
 
         What an older checkpoint takes for the best one stays as long as the checkpoint.
         """
-        with writing(self.run_folder):
+        try:
             of = self._states_there()
             newest = list(of)[: self.recipe.save.keep]
-            best = {read_json(of[step] / MANIFEST)["kept"]["best_step"] for step in newest} | {self.best_step}
+            best = {read_manifest(of[step])["kept"]["best_step"] for step in newest} | {self.best_step}
             kept = {of[step] for step in newest} | {self._folder(step) for step in best}
             for path in {*of.values(), *self._models_there().values()} - kept:
                 _delete(path)
+        except (H3Error, OSError) as error:  # what is new is safe; who cannot read what is old must not delete it
+            logger.warning("%s: old checkpoints are not deleted (%s)", self.run_folder, error)
 
     def _states_there(self) -> dict[int, Path]:
         """By its step each checkpoint on disk that a run can go on from, the newest first."""
@@ -224,13 +231,9 @@ class Keeper:
 
 def _commit(partial: Path, final: Path) -> None:
     """Everything is on disk, then the name is, and only then does anybody rely on it. For one rank only."""
-    sync(partial)
-    partial.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with writing(final.parent):
+        partial.rename(final)
+        sync_one(final.parent)
 
 
 def _delete(path: Path) -> None:

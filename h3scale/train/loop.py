@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from h3scale.checkpoint.shards import check_output, read_json
-from h3scale.checkpoint.training_checkpoint import MANIFEST
+from h3scale.checkpoint.manifest import read_manifest
+from h3scale.checkpoint.shards import check_output
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder
-from h3scale.errors import DivergedError, StoppedError, UnsafeError
+from h3scale.errors import DivergedError, StoppedError, StorageError, UnsafeError
 from h3scale.exit_status import run_folder_of, write_exit_status
 from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, attended_pairs
@@ -109,7 +109,7 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, c
     if recipe.guards.dry_run:
         dry_run(recipe, run, loader, memory)
     identity = by_rank_0(lambda: identity_of(recipe), "look at what the run is")
-    manifest = read_json(newest / MANIFEST) if newest else {"step": 0}
+    manifest = read_manifest(newest) if newest else {"step": 0}
     if newest:
         check_topology(run, newest)
         check_same(newest, identity, options.allow_change)
@@ -177,9 +177,7 @@ def save_if_asked(t: Training, step: int, asked: Asked) -> None:
         return
     if not (wish or (every and step % every == 0)):
         return
-    with t.metrics.paused():
-        t.keeper.save(step)
-    if not wish:
+    if not _saved(t, step, wish) or not wish:
         return
     asked.done(wish)
     reason = str(wish) if wish in (Wish.SAVE, Wish.END) else f"{wish} on rank {rank}"
@@ -198,6 +196,21 @@ def save_if_asked(t: Training, step: int, asked: Asked) -> None:
 
     by_rank_0(say, "say how the run ended")  # and nobody leaves before it has: a launcher soon ends those that are left
     raise stop
+
+
+def _saved(t: Training, step: int, wish: Wish) -> bool:
+    """Saves. False, and a line about it, where the disk refuses and the recipe says that the run goes on all the same."""
+    try:
+        with t.metrics.paused():
+            t.keeper.save(step)
+    except StorageError as error:
+        if wish or t.recipe.save.on_error == "stop":  # who asked by a signal or a file is told, and may have little time left
+            raise
+        if t.run.rank == 0:
+            for finding in error.findings:
+                logger.warning("step %d is not saved, and the run goes on (save.on_error): %s", step, finding)
+        return False
+    return True
 
 
 def one_step(

@@ -17,14 +17,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from h3scale.checkpoint.manifest import read_manifest
 from h3scale.checkpoint.shards import ModelFolder, read_json
-from h3scale.checkpoint.training_checkpoint import MANIFEST, find_checkpoint
+from h3scale.checkpoint.training_checkpoint import find_checkpoint
 from h3scale.config.deepspeed import read_deepspeed
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.errors import ConfigError, DataError, H3Error, OutputError
 from h3scale.exit_status import EXIT_STATUS, checkpoints_in, this_attempt
 from h3scale.log import logger
+from h3scale.redact import without_secrets
 from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
 from h3scale.train.reshard import load_shards
@@ -65,8 +67,8 @@ def open_run_folder(run: Run, run_folder: Path, from_scratch: bool) -> Path | No
 def identity_of(recipe: TrainRecipe) -> dict[str, Any]:
     """What makes a run the one it is: the recipe, the ds_config's content, the model that it began with, versions."""
     return {
-        "recipe": recipe.model_dump(mode="json"),
-        "ds_config": read_deepspeed(recipe.deepspeed),
+        "recipe": without_secrets(recipe.model_dump(mode="json")),  # as the manifest has it
+        "ds_config": without_secrets(read_deepspeed(recipe.deepspeed)),
         "model": fingerprint(ModelFolder(recipe.model)) if recipe.model else None,
         "versions": versions(),
     }
@@ -94,8 +96,8 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
     """ConfigError (78) where the run has changed since it was saved; with `allow_change` the changes are told, and taken."""
-    found = changes(read_json(path / MANIFEST)["identity"], now)
-    if now["recipe"]["steps"] < read_json(path / MANIFEST)["step"]:
+    found = changes(read_manifest(path)["identity"], now)
+    if now["recipe"]["steps"] < read_manifest(path)["step"]:
         raise ConfigError(
             f"{path}: has more than the {now['recipe']['steps']} steps of the recipe (works: steps as before, or more)"
         )
@@ -111,7 +113,7 @@ def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
 
 def check_topology(run: Run, path: Path) -> None:
     """ConfigError (78) for a ZeRO stage that leaves another kind of model; ranks and ep_size can be any that the model allows."""
-    stage = read_json(path / MANIFEST)["zero_stage"]
+    stage = read_manifest(path)["zero_stage"]
     like = next(stages for stages in STAGES if stage in stages)
     if run.zero_stage not in like:
         works = ", ".join(map(str, like))
@@ -121,7 +123,7 @@ def check_topology(run: Run, path: Path) -> None:
 def check_order(path: Path, loader: TypedLoader, allow_change: bool) -> None:
     """DataError (65) where the records would now come in another order; with `allow_change` that is told, and taken."""
     try:
-        loader.resume(read_json(path / MANIFEST)["data"])
+        loader.resume(read_manifest(path)["data"])
     except DataError as error:
         if not allow_change:
             raise DataError([*error.findings, f"{path}: --allow-change goes on with the new order"]) from error
@@ -133,12 +135,12 @@ def load(run: Run, path: Path) -> dict[str, Tensor]:
 
     On as many ranks every bit is as it was; on others each rank has the random numbers of one of those that there were.
     """
-    manifest = read_json(path / MANIFEST)
+    manifest = read_manifest(path)
     if run.zero_stage:
         _load_shards(run, path, manifest)
     else:
         _load_whole(run, path)
-    state = load_file(_rank_state(path, run.rank % manifest["world_size"]))
+    state = load_file(rank_state(path, run.rank % manifest["world_size"]))
     torch.set_rng_state(state.pop("rng_cpu"))
     if "rng_cuda" in state:
         torch.cuda.set_rng_state(state.pop("rng_cuda"))
@@ -166,14 +168,12 @@ def _load_whole(run: Run, path: Path) -> None:
         group.update(values)  # of this recipe: what is allowed to change would else come back
 
 
-def write_rank_state(run: Run, path: Path, state: dict[str, Tensor]) -> None:
-    """Writes what this rank alone knows into a checkpoint that is being made: its random numbers, and `state`."""
-    file = _rank_state(path, run.rank)
-    file.parent.mkdir(exist_ok=True)
+def write_rank_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Writes what this rank alone knows into a file (`rank_state`) of a checkpoint: its random numbers, and `state`."""
     random = {"rng_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random["rng_cuda"] = torch.cuda.get_rng_state()
-    save_file(random | {name: value.cpu().contiguous() for name, value in state.items()}, file)
+    save_file(random | {name: value.cpu().contiguous() for name, value in state.items()}, path)
 
 
 def trim(path: Path, step: int) -> None:
@@ -192,7 +192,8 @@ def trim(path: Path, step: int) -> None:
     partial.replace(path)
 
 
-def _rank_state(path: Path, rank: int) -> Path:
+def rank_state(path: Path, rank: int) -> Path:
+    """Where a checkpoint has what one rank alone knew."""
     return path / "ranks" / f"rank-{rank:05d}.safetensors"
 
 

@@ -1,7 +1,6 @@
 """What a training run leaves behind: a dense model folder, or a sharded checkpoint that is complete or not there."""
 
-import hashlib
-import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,18 @@ from safetensors.torch import save_file
 
 from h3scale import __version__
 from h3scale.checkpoint.expected import expected_shapes, stored_as
-from h3scale.checkpoint.shards import TensorSpec, new_folder, read_json, write_json, write_model
-from h3scale.checkpoint.training_checkpoint import MANIFEST
+from h3scale.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from h3scale.checkpoint.shards import TensorSpec, new_folder, sync_one, write_json, write_model
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.data.tokenizer import save_tokenizer
-from h3scale.errors import StorageError
 from h3scale.model.families import as_published
 from h3scale.model.lora import merged, plain_name, updates_of
+from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
-from h3scale.train.resume import write_rank_state
+from h3scale.train.own_files import OwnFiles
+from h3scale.train.resume import rank_state, write_rank_state
+from h3scale.train.storage import writing
 
 PROBE_TOKENS = 64
 
@@ -94,63 +95,50 @@ def write_checkpoint(
 ) -> None:
     """Writes a sharded checkpoint of the model after so many steps: all ranks, hashes, and at last the manifest by rank 0.
 
+    StorageError (74) on every rank where one cannot write; there is no manifest then.
+
     Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `ranks/` (what each rank alone knows, and
     `own`), `probe.safetensors` (a fixed input and the engine's logits on it, to prove a later conversion), `manifest.json`
     (sizes and sha256 of all files, and `facts`).
     """
     probe = _probe(run, loader)
+    by_rank_0(lambda: _make(folder), f"make {folder}")
+    files = OwnFiles(folder)
+    with files.of_deepspeed(run.engine):
+        # DeepSpeed's own `latest` may name a torn checkpoint; ours has a manifest or is none.
+        run.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
+    files.write(rank_state(folder, run.rank), lambda path: write_rank_state(path, own))
     if run.rank == 0:
-        (folder / "model").mkdir(parents=True)
-    dist.barrier()
-    # DeepSpeed's own `latest` may name a torn checkpoint; ours has a manifest or is none.
-    run.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
-    write_rank_state(run, folder, own)
-    if run.rank == 0:
-        write_json(folder / "model" / "config.json", _config(run))
-        _save_extras(run, recipe, folder / "model")
-        save_file(probe, folder / "probe.safetensors")
-        for script in folder.glob("zero_to_*.py"):  # DeepSpeed adds scripts that refuse these very files
-            script.unlink()
-    dist.barrier()
-    _commit(run, folder, {"step": step, "steps": recipe.steps, **facts, "data": loader.state(step)})
+        files.write(folder / "model", lambda path: _describe(run, recipe, path))
+        files.write(folder / "probe.safetensors", lambda path: save_file(probe, path))
+    entries = files.agreed()
+    sizes = {"world_size": run.world_size, "ep_size": run.ep_size, "zero_stage": run.zero_stage}
+    facts = {"step": step, "steps": recipe.steps, **facts, "data": loader.state(step)}
+
+    def commit() -> None:
+        with writing(folder):
+            write_manifest(folder, {"h3scale": __version__, **sizes, **facts, "files": entries})
+            sync_one(folder)
+
+    by_rank_0(commit, f"write {folder / MANIFEST}")
 
 
 def add_to_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """More facts of a checkpoint that is complete. For one rank only."""
-    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | facts)
+    write_manifest(folder, read_manifest(folder) | facts)
 
 
-def _commit(run: Run, partial: Path, facts: dict[str, Any]) -> None:
-    """Every rank hashes its share of the files; rank 0 writes the manifest, which makes the folder a checkpoint."""
-    listed = [sorted(path for path in partial.rglob("*") if path.is_file()) if run.rank == 0 else []]
-    dist.broadcast_object_list(listed)  # one list for all: shared file systems do not show the same to every node at once
-    files = listed[0]
-    mine = {str(path.relative_to(partial)): _hash(path) for path in files[run.rank :: run.world_size]}
-    gathered: list[Any] = [None] * run.world_size
-    dist.all_gather_object(gathered, mine)
-    if run.rank == 0:
-        hashes = {name: entry for part in gathered for name, entry in part.items()}
-        write_json(
-            partial / MANIFEST,
-            {
-                "h3scale": __version__,
-                "world_size": run.world_size,
-                "ep_size": run.ep_size,
-                "zero_stage": run.zero_stage,
-                **facts,
-                "files": hashes,
-            },
-        )
-    dist.barrier()
+def _make(folder: Path) -> None:
+    with writing(folder):
+        if folder.exists():  # of an attempt that failed and could not be deleted
+            shutil.rmtree(folder)
+        for name in ("deepspeed", "model", "ranks"):
+            (folder / name).mkdir(parents=True)
 
 
-def _hash(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from error
+def _describe(run: Run, recipe: TrainRecipe, folder: Path) -> None:
+    write_json(folder / "config.json", _config(run))
+    _save_extras(run, recipe, folder)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ name -> exit codes. `poison` is nothing, or one of these:
 - "left out": step BAD_STEP is not computed at all
 - "memory": rank 0's forward has none
 - "in the way": somebody else makes the output at step BAD_STEP
-- "full disk": from step BAD_STEP on a file takes FILE_BYTES and no more
+- "full disk": from step BAD_STEP on a file takes FILE_BYTES and no more; "one full disk": in that step, on the last rank
 - "SIGUSR2" or another signal: the last rank gets it in step BAD_STEP; "SIGUSR2 4": in step 4; "SIGTERM 3 SIGUSR2": in step 3, and
   every rank the second one while that is saved
 - "STOP" or "SAVE": such a file is made in step BAD_STEP
@@ -72,6 +72,9 @@ class Poison:
             (out / "precious.txt").write_text("mine")
         if self.what == "full disk" and self.bad:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        if self.what.startswith("one full disk") and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES if self.bad else hard, hard))
         if self.what.startswith("SIG") and int(os.environ["WORLD_SIZE"]) - 1 == log.RANK:
             name, when, *_ = [*self.what.split(), BAD_STEP]  # another step may be said
             if self.step == int(when):

@@ -10,7 +10,6 @@ really held (gathered by DeepSpeed, experts put in order by their EP rank), OUT/
 """
 
 import hashlib
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from h3scale.checkpoint import manifest
 from tests.distributed.forked import launch
 from tests.distributed.shard_case import Case
 
@@ -136,8 +136,7 @@ def write_manifest(step: Path, ep_size: int) -> None:
         for path in step.rglob("*")
         if path.is_file()
     }
-    manifest = {"step": STEPS, "world_size": dist.get_world_size(), "ep_size": ep_size, "files": files}
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    manifest.write_manifest(step, {"step": STEPS, "world_size": dist.get_world_size(), "ep_size": ep_size, "files": files})
 
 
 def rank_main(out: Path, cases: list[Case]) -> None:

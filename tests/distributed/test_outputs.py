@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from h3scale.checkpoint.shards import ModelFolder
-from h3scale.exit_status import kept_step
+from h3scale.exit_status import kept_step, read_exit_status
 from h3scale.train.claim import Claim
 from tests.distributed.run_with_poison import BAD_STEP
 from tests.distributed.test_guards import inside, started
@@ -29,6 +29,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = {name: {"ranks": RANKS, "poison": name, "words": [*words, f"out={world / name}"]} for name in names}
     dense = [words[0], f"steps={BAD_STEP}", "trainable=[all]", "deepspeed=ds_configs/cpu_dense.json", f"out={world / DENSE}"]
     asked[DENSE] = {"ranks": 1, "poison": "full disk", "words": [*dense, f"model={tiny_llama(world / 'dense')}"]}
+    for policy in ("stop", "go_on"):
+        more = [f"save={{every: 1, on_error: {policy}}}", f"steps={BAD_STEP + 1}", f"out={world / policy}"]
+        asked[policy] = {"ranks": RANKS, "poison": "one full disk", "words": [*words, *more]}
     with Claim(world / "claimed") as claim:
         claim.take()
         done = started(asked)
@@ -43,10 +46,14 @@ def errors(runs: Path, out: Path) -> list[str]:
 
 def test_all_ranks_end_alike(runs: Path) -> None:
     codes = json.loads((runs / "codes.json").read_text())
-    both = codes.pop("full disk")
-    assert codes == {"claimed": [73] * RANKS, "in the way": [73] * RANKS, DENSE: [74]}
-    assert set(both) <= {74, 69}  # a rank may lose the other one before the disk refuses its own file
-    assert 74 in both
+    assert codes == {
+        "claimed": [73] * RANKS,
+        "in the way": [73] * RANKS,
+        "full disk": [74] * RANKS,
+        DENSE: [74],
+        "stop": [74] * RANKS,
+        "go_on": [0] * RANKS,
+    }
     assert "Traceback" not in (runs / "stderr.txt").read_text()
 
 
@@ -69,10 +76,25 @@ def test_what_was_made_during_the_run_stays_and_the_model_is_kept_beside_it(runs
 def test_a_full_disk_at_the_end_of_a_run_is_one_line_and_leaves_nothing_that_looks_complete(runs: Path, run: str) -> None:
     said = [line for line in (runs / "stderr.txt").read_text().splitlines() if f"{runs / f'.run-{run}'}" in line]
     assert said
-    assert all(line.startswith("error: ") and ": cannot be written: " in line and line.endswith(" GB are free)") for line in said)
+    assert all(line.startswith("error: ") and ": cannot be written: " in line and " GB are free)" in line for line in said)
     assert not (runs / run).exists()
     assert kept_step(runs / run) == 0
     assert len((runs / f".run-{run}" / "metrics.jsonl").read_text().splitlines()) == BAD_STEP
+
+
+def test_a_checkpoint_that_one_ranks_disk_refuses_ends_the_run_or_not_by_recipe_and_the_one_before_stays(runs: Path) -> None:
+    said = (runs / "stderr.txt").read_text().splitlines()
+    stopped, went_on = ([line for line in said if f"{runs / f'.run-{policy}'}/.partial-" in line] for policy in ("stop", "go_on"))
+    assert all(line.startswith("error: ") and line.endswith("(rank 1)") for line in stopped)
+    assert len(stopped) == RANKS
+    status = read_exit_status(runs / "stop")
+    assert status is not None
+    assert (status["exit_code"], status["step"]) == (74, BAD_STEP - 1)
+    assert kept_step(runs / "stop") == BAD_STEP - 1
+    assert not list((runs / ".run-stop").glob(".partial-*"))
+    (line,) = went_on
+    assert f"step {BAD_STEP} is not saved, and the run goes on (save.on_error): " in line
+    assert [path.name for path in (runs / "go_on").glob("step-*")] == [f"step-{BAD_STEP + 1:06d}"]
 
 
 def test_the_size_of_a_model_is_known_before_it_is_written(runs: Path) -> None:

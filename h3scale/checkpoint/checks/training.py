@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.findings import Finding, Report, error
+from h3scale.checkpoint.manifest import MANIFEST
 from h3scale.checkpoint.receipt import sha256
 from h3scale.checkpoint.shards import TOKENIZER_FILES
-from h3scale.checkpoint.training_checkpoint import MANIFEST, TrainingCheckpoint
+from h3scale.checkpoint.training_checkpoint import TrainingCheckpoint
 from h3scale.model.experts import CONFIG_KEY
 
 

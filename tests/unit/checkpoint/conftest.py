@@ -4,7 +4,6 @@ tests/distributed/test_consolidate.py shows that DeepSpeed's own files are read;
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file, save_file
 
+from h3scale.checkpoint import manifest
 from h3scale.checkpoint.expected import stored_as
 from h3scale.checkpoint.shards import write_json
 
@@ -127,8 +127,7 @@ def write_manifest(folder: Path, step: int, world_size: int, ep_size: int) -> No
         for path in folder.rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
-    manifest = {"step": step, "world_size": world_size, "ep_size": ep_size, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest.write_manifest(folder, {"step": step, "world_size": world_size, "ep_size": ep_size, "files": files})
 
 
 def stacked(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from h3scale.checkpoint.manifest import read_manifest, write_manifest
 from h3scale.checkpoint.receipt import RECEIPT
 from h3scale.checkpoint.shard_files import INDEX, WEIGHTS, header_of
 from h3scale.checkpoint.shards import read_json
@@ -438,8 +439,12 @@ def sparse_rank_file(folder):
 
 
 def manifest_leads_outside(folder):
-    manifest = read_json(folder / "manifest.json")
-    edit_json(folder / "manifest.json", files=manifest["files"] | {"../../secret": {"size": 1, "sha256": ""}})
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest | {"files": manifest["files"] | {"../../secret": {"size": 1, "sha256": ""}}})
+
+
+def changed_manifest(folder):
+    edit_json(folder / "manifest.json", step=1)
 
 
 def experts_of_another_config(folder):
@@ -455,5 +460,6 @@ TRAINING = {
     "a hostile rank file": (hostile_rank_file, "unsafe", "its pickle wants"),
     "a rank file of 1 TB": (sparse_rank_file, "error", "1099511627776 bytes, manifest.json says"),
     "a manifest that leads outside": (manifest_leads_outside, "unsafe", "outside the checkpoint"),
+    "a changed manifest": (changed_manifest, "error", "manifest.json: sha256 differs from its own"),
     "another number of experts": (experts_of_another_config, "error", "config.json asks for (5, 20, 16)"),
 }

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from h3scale.checkpoint import extents, stream
 from h3scale.checkpoint.consolidate import consolidate
 from h3scale.checkpoint.expected import expected_shapes
-from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
+from h3scale.checkpoint.manifest import read_manifest, write_manifest
+from h3scale.checkpoint.receipt import sha256
+from h3scale.checkpoint.shards import ModelFolder, read_json
 from h3scale.checkpoint.training_checkpoint import find_checkpoint
 from h3scale.checkpoint.zero import open_deepspeed
 from h3scale.cli.checkpoint import app, parse_size
@@ -82,11 +84,17 @@ def test_every_byte_is_read_once_and_no_more_than_a_block_at_a_time(shard, weigh
     assert all(torch.equal(written[name], weights[name].bfloat16()) for name in weights)
 
 
+def described(folder):
+    """The entry of a config that a test has changed."""
+    config = folder / "model" / "config.json"
+    return {"model/config.json": {"size": config.stat().st_size, "sha256": sha256(config)}}
+
+
 def test_an_untied_config_gets_both_copies_of_tied_weights(shard, weights, tmp_path):
     folder = shard()
     config = read_json(folder / "model" / "config.json")
     (folder / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    (folder / "manifest.json").write_text(json.dumps({"step": 1, "files": {}}))
+    write_manifest(folder, {"step": 1, "files": read_manifest(folder)["files"] | described(folder)})
     consolidate(folder, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], weights["model.embed_tokens.weight"])
@@ -185,7 +193,7 @@ def test_another_shape_is_refused(shard, tmp_path):
     folder = shard()
     config = read_json(folder / "model" / "config.json")
     (folder / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 24, "num_local_experts": 5}))
-    (folder / "manifest.json").write_text(json.dumps({"step": 1, "files": {}}))
+    write_manifest(folder, {"step": 1, "files": read_manifest(folder)["files"] | described(folder)})
     text = "model.layers.0.mlp.experts.w1 is (4, 20, 16), config.json asks for (5, 24, 16)"
     _refused(DataError, folder, tmp_path / "out", text)
 
@@ -305,8 +313,31 @@ def test_a_torn_file_is_refused(shard, tmp_path):
 
 def test_a_manifest_that_points_outside_is_refused(shard, tmp_path):
     folder = shard()
-    (folder / "manifest.json").write_text(json.dumps({"step": 1, "files": {"../../secret": {"size": 1, "sha256": ""}}}))
+    write_manifest(folder, {"step": 1, "files": {"../../secret": {"size": 1, "sha256": ""}}})
     _refused(UnsafeError, folder, tmp_path / "out", "../../secret")
+
+
+@pytest.mark.parametrize("change", ["a figure", "its hash", "its format", "cut off"])
+def test_a_manifest_that_has_changed_since_it_was_written_is_refused(shard, tmp_path, change):
+    folder = shard(step=7)
+    text = (folder / "manifest.json").read_text()
+    own = json.loads(text)["manifest_sha256"]
+    changed = {
+        "a figure": text.replace('"step": 7', '"step": 6'),
+        "its hash": text.replace(own, f"{int(own, 16) ^ 1:064x}"),
+        "its format": text.replace('"format"', '"fOrmat"'),
+        "cut off": text[: len(text) // 2],
+    }[change]
+    assert changed != text
+    (folder / "manifest.json").write_text(changed)
+    _refused(DataError, folder, tmp_path / "out", f"{folder / 'manifest.json'}: ")
+
+
+def test_a_file_of_another_runs_rank_is_refused(shard, tmp_path):
+    folder = shard()
+    stale = folder / "deepspeed" / "zero_pp_rank_2_mp_rank_00_optim_states.pt"
+    stale.write_bytes((folder / "deepspeed" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").read_bytes())
+    _refused(DataError, folder, tmp_path / "out", f"{stale}: not in manifest.json")
 
 
 def test_a_run_folder_stands_for_its_newest_complete_step(shard):
@@ -321,7 +352,7 @@ def test_a_run_folder_stands_for_its_best_step_where_the_manifests_name_one(shar
     best, last = shard(step=10), shard(step=20)
     assert find_checkpoint(best.parent).path == last
     for path, is_best in ((best, True), (last, False)):
-        write_json(path / "manifest.json", read_json(path / "manifest.json") | {"best": is_best})
+        write_manifest(path, read_manifest(path) | {"best": is_best})
     assert find_checkpoint(best.parent).path == best
     assert find_checkpoint(last).path == last
 

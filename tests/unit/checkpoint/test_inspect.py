@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from h3scale.checkpoint.extents import Stored
 from h3scale.checkpoint.inspect import inspect
+from h3scale.checkpoint.manifest import read_manifest, write_manifest
 from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.cli.checkpoint import app
 from h3scale.errors import DataError, MissingInputError, UnsafeError
@@ -43,7 +44,8 @@ def test_a_model_folder_in_any_layout(tmp_path, layout):
 
 def test_a_run_its_step_and_its_bare_tag_folder(shard, weights):
     newest = shard(step=7, world_size=4, ep_size=2)
-    write_json(shard(step=3) / "manifest.json", read_json(newest.parent / "step-000003" / "manifest.json") | {"best": True})
+    older = shard(step=3)
+    write_manifest(older, read_manifest(older) | {"best": True})
     run, step, tag = inspect(newest.parent), inspect(newest), inspect(newest / "deepspeed")
     assert (run.step, run.steps, run.best_step, run.world_size) == (3, [3, 7], 3, 2)
     assert (step.step, step.world_size, step.ep_size, step.layout) == (7, 4, 2, "autoep")

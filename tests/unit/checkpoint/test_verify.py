@@ -12,6 +12,7 @@ from h3scale.checkpoint.checks import compare
 from h3scale.checkpoint.checks.logits import LOGIT_TOLERANCE
 from h3scale.checkpoint.consolidate import SUMS, consolidate, write_sums
 from h3scale.checkpoint.extents import bytes_of
+from h3scale.checkpoint.manifest import read_manifest, write_manifest
 from h3scale.checkpoint.receipt import RECEIPT
 from h3scale.checkpoint.shard_files import INDEX, header_of
 from h3scale.checkpoint.shards import read_json, write_json
@@ -264,9 +265,9 @@ def test_a_folder_or_checkpoint_that_is_not_there_is_missing_input(pair, tmp_pat
 
 def test_a_run_without_probe_is_compared_by_its_weights(pair):
     (pair[1] / "probe.safetensors").unlink()
-    manifest = read_json(pair[1] / "manifest.json")
+    manifest = read_manifest(pair[1])
     del manifest["files"]["probe.safetensors"]
-    (pair[1] / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(pair[1], manifest)
     report = verify(*pair)
     assert report.max_abs_difference is None
     assert report.num_equal_tensors == report.num_tensors

@@ -1,6 +1,5 @@
 """What a run leaves gets its name, and nothing that is there is deleted for it."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from h3scale.checkpoint.manifest import read_manifest, write_manifest
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError, OutputError
@@ -29,7 +29,8 @@ class Written(Keeper):
 
     def _write_state(self, step: int, facts: dict[str, Any]) -> None:
         kept = {"best_step": self.best_step, "best_nll": None}
-        self._put(self.state_folder(step), "manifest.json", json.dumps({"step": step, **facts, "kept": kept}))
+        self.state_folder(step).mkdir(exist_ok=True)
+        write_manifest(self.state_folder(step), {"step": step, **facts, "kept": kept})
         self.states.add(step)
 
     def _put(self, folder: Path, name: str, text: str) -> None:
@@ -191,7 +192,7 @@ def test_a_diverged_run_says_so_in_the_manifest_of_its_last_good_step_also_where
     kept = keeper(tmp_path, keep_best=True)
     kept.take(best, 1.5)
     assert kept.finish_diverged(3) == tmp_path / "x" / "step-000003"
-    manifest = json.loads((tmp_path / "x" / "step-000003" / "manifest.json").read_text())
+    manifest = read_manifest(tmp_path / "x" / "step-000003")
     facts = {"best": True, "heldout_nll": 1.5} if best == 3 else {"best": False}
     assert manifest == {"step": 3, **facts, "kept": {"best_step": best, "best_nll": None}, "ended": "diverged"}
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 
+from h3scale.checkpoint.manifest import read_manifest, write_manifest
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
@@ -65,7 +66,7 @@ def test_another_order_of_records_is_refused_unless_it_is_allowed(tmp_path: Path
             raise DataError(f"another order than {state}")
 
     path, loader = checkpoint(tmp_path, "step-000001"), cast(Any, Loader())
-    (path / "manifest.json").write_text(json.dumps({"data": "abc"}))
+    write_manifest(path, {"data": "abc"})
     with pytest.raises(DataError, match=r"another order than abc\n.*--allow-change goes on with the new order"):
         check_order(path, loader, allow_change=False)
     check_order(path, loader, allow_change=True)
@@ -105,7 +106,7 @@ def checkpoint(run_folder: Path, name: str, text: str = "weights") -> Path:
     folder.mkdir(parents=True)
     (folder / "file").write_text(text)
     entry = {"size": len(text), "sha256": hashlib.sha256(b"weights").hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps({"step": int(name[-6:]), "files": {"file": entry}}))
+    write_manifest(folder, {"step": int(name[-6:]), "files": {"file": entry}})
     return folder
 
 
@@ -157,8 +158,7 @@ def test_from_scratch_is_done_once_in_a_job(
 
 def test_a_run_that_has_taken_more_steps_than_it_is_to_take_is_refused(model: Path, tmp_path: Path) -> None:
     path = checkpoint(tmp_path, "step-000009")
-    before = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(before | {"identity": identity(model, "steps=12")}))
+    write_manifest(path, read_manifest(path) | {"identity": identity(model, "steps=12")})
     check_same(path, identity(model, "steps=9"), allow_change=True)
     with pytest.raises(ConfigError, match="step-000009: has more than the 8 steps of the recipe"):
         check_same(path, identity(model, "steps=8"), allow_change=True)

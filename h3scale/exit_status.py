@@ -9,7 +9,11 @@ from typing import Any
 from h3scale.redact import without_secrets
 
 EXIT_STATUS = "exit_status.json"
+FACTS = "run.json"
 DONE, DIVERGED = "done", "diverged"  # reasons that are true when the run's folder has its name
+BEGUN = "has begun, and has not said how it ended"
+BEGUN_CODE = 69  # of a rank that was killed: what a run says of itself until it says something else
+REPLACES = "replaces"  # of run.json: what `out` was, while the run's folder takes its place
 
 
 def run_folder_of(out: str | Path) -> Path:
@@ -30,11 +34,13 @@ def write_exit_status(folder: Path, exit_code: int, reason: str, step: int, step
 
 
 def read_exit_status(out: str | Path) -> dict[str, Any] | None:
-    """How this attempt at a run ended (the same Slurm job and restart); None where no such file is there.
+    """How this attempt at a run ended (the same Slurm job and restart); None where no such file is there, or it is torn.
+
+    Until a run says how it ended, the reason is BEGUN: that stays when it is killed.
 
     While there is a run's folder, what `out` says is of another run.
     """
-    unnamed = run_folder_of(out).is_dir()
+    unnamed = run_folder_of(out).is_dir() and not is_replaced(out)
     try:
         status = json.loads(((run_folder_of(out) if unnamed else Path(out)) / EXIT_STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -53,10 +59,21 @@ def ended_before(out: str | Path) -> bool:
         status = json.loads((Path(out) / EXIT_STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if not attempt["job"] or not isinstance(status, dict) or run_folder_of(out).is_dir():
+    if not attempt["job"] or not isinstance(status, dict):
+        return False
+    if run_folder_of(out).is_dir() and not is_replaced(out):
         return False
     same = status.get("job") == attempt["job"] and status.get("reason") == DONE
     return same and int(status.get("restart", 0)) < int(attempt["restart"])
+
+
+def is_replaced(out: str | Path) -> bool:
+    """Whether what is in the place of a run's folder is what `out` has replaced, by an exchange of the two names."""
+    try:
+        note = json.loads((Path(out) / FACTS).read_text(encoding="utf-8"))[REPLACES]
+        return bool(note["inode"] == run_folder_of(out).lstat().st_ino)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def checkpoints_in(run_folder: Path, *kinds: str) -> dict[Path, int]:

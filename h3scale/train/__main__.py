@@ -12,7 +12,7 @@ from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.config.tiny import TINY
 from h3scale.errors import H3Error, PeerLostError, StoppedError, TakenError, UsageError
-from h3scale.exit_status import ended_before, kept_step, read_exit_status, run_folder_of, write_exit_status
+from h3scale.exit_status import BEGUN, ended_before, kept_step, read_exit_status, run_folder_of, write_exit_status
 
 OPTIONS = {"--force": "force", "--from-scratch": "from_scratch", "--allow-change": "allow_change"}
 USAGE = f"usage: python -m h3scale.train RECIPE [key=value ...] [{'] ['.join(OPTIONS)}] [--debug]"
@@ -79,7 +79,12 @@ def _told(recipe: TrainRecipe | None, stale: dict[str, Any] | None, exit_code: i
     """The exit code, written down where the run has a folder: launchers lose it. That a peer was lost is said last."""
     if recipe and run_folder_of(recipe.out).is_dir():
         before = read_exit_status(recipe.out)
-        if before is None or before == stale or before["exit_code"] == PeerLostError.exit_code != exit_code:
+        if (
+            before is None
+            or before == stale
+            or before["reason"] == BEGUN
+            or before["exit_code"] == PeerLostError.exit_code != exit_code
+        ):
             with suppress(OSError):  # the disk may be why
                 write_exit_status(run_folder_of(recipe.out), exit_code, reason, kept_step(recipe.out), recipe.steps)
     return exit_code

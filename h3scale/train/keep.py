@@ -5,31 +5,28 @@ While a run goes on everything is in `.run-NAME` beside `out`. A run that shards
 """
 
 import math
-import os
 import shutil
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from h3scale.checkpoint.manifest import read_manifest
-from h3scale.checkpoint.shards import check_output, sync_one
+from h3scale.checkpoint.shards import sync_one
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
-from h3scale.errors import DivergedError, H3Error, OutputError, StorageError
+from h3scale.errors import DivergedError, H3Error, StorageError
 from h3scale.exit_status import DIVERGED, DONE, checkpoints_in, write_exit_status
 from h3scale.log import logger
 from h3scale.train.agree import by_rank_0
 from h3scale.train.dry_run import out_of_memory_told
 from h3scale.train.engine import Run
+from h3scale.train.naming import delete, lay_out, leave_only, step_folder, take_name
 from h3scale.train.run_facts import add_facts
 from h3scale.train.save import add_to_manifest, write_checkpoint, write_folder
 from h3scale.train.storage import writing
 
-LAST = "last"  # folder of the last model beside the best one
 Progress = tuple[dict[str, Any], dict[str, Tensor]]  # what a run has to keep: the same on all ranks (JSON), and each rank's own
 
 
@@ -103,9 +100,9 @@ class Keeper:
         self._note(DONE, 0, kept)
         keep = {kept, steps}
         if self.run.zero_stage == 3:
-            self._name(lambda: self._leave_only(keep))
+            self._name(lambda: leave_only(self.run_folder, keep))
             return self.out / self._folder(kept).name
-        self._name(lambda: self._lay_out(kept))
+        self._name(lambda: lay_out(self.run_folder, kept, steps))
         return self.out
 
     def finish_diverged(self, step: int) -> Path:
@@ -116,11 +113,11 @@ class Keeper:
             with writing(self.run_folder):
                 add_to_manifest(self._folder(step), {"ended": DIVERGED})
         self._note(DIVERGED, DivergedError.exit_code, step)
-        self._name(lambda: self._leave_only({step, self.best_step}))
+        self._name(lambda: leave_only(self.run_folder, {step, self.best_step}))
         return self.out / self._folder(step).name
 
     def _folder(self, step: int) -> Path:
-        return self.run_folder / f"step-{step:06d}"
+        return step_folder(self.run_folder, step)
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
         if self.run.zero_stage == 3:
@@ -159,7 +156,7 @@ class Keeper:
             best = {read_manifest(of[step])["kept"]["best_step"] for step in newest} | {self.best_step}
             kept = {of[step] for step in newest} | {self._folder(step) for step in best}
             for path in {*of.values(), *self._models_there().values()} - kept:
-                _delete(path)
+                delete(path)
         except (H3Error, OSError) as error:  # what is new is safe; who cannot read what is old must not delete it
             logger.warning("%s: old checkpoints are not deleted (%s)", self.run_folder, error)
 
@@ -173,60 +170,21 @@ class Keeper:
             return self._states_there()
         return {int(path.name[5:]): path for path in self.run_folder.glob("step-*") if path.name[5:].isdecimal()}
 
-    def _leave_only(self, steps: set[int]) -> None:
-        """Deletes all checkpoints but those of these steps. For one rank only."""
-        for path in [*self.run_folder.glob("step-*"), *self.run_folder.glob("resume-*")]:
-            if path not in {self._folder(step) for step in steps}:
-                _delete(path)
-
     def _note(self, ended: str, exit_code: int, step: int) -> None:
         if self.run.rank == 0:
             with writing(self.run_folder):
                 add_facts(self.run_folder, {"ended": ended, "step": step, "steps": self.recipe.steps})
                 write_exit_status(self.run_folder, exit_code, ended, step, self.recipe.steps)
 
-    def _name(self, first: Callable[[], None] = lambda: None) -> None:
-        """Gives the run's folder its name, after what is to be done `first`. What it replaces is deleted when that is done."""
+    def _name(self, first: Callable[[], None]) -> None:
+        """Gives the run's folder its name, after what is to be done `first`."""
 
-        def name() -> Path | None:
+        def name() -> None:
             with writing(self.run_folder):
                 first()
-            return self._rename()
+            take_name(self.run_folder, self.out, self.force)
 
-        before = by_rank_0(name, f"give {self.run_folder} its name")
-        if before and self.run.rank == 0:
-            if before.is_dir() and not before.is_symlink():
-                shutil.rmtree(before, ignore_errors=True)
-            else:
-                before.unlink()
-
-    def _lay_out(self, kept: int) -> None:
-        """Makes the run's folder a model folder, with `last/` in it where another step is the best. For one rank only."""
-        self._leave_only({kept, self.recipe.steps})
-        if kept != self.recipe.steps:
-            self._folder(self.recipe.steps).rename(self.run_folder / LAST)
-        for path in self._folder(kept).iterdir():
-            path.rename(self.run_folder / path.name)
-        self._folder(kept).rmdir()
-
-    def _rename(self) -> Path | None:
-        """The run's folder becomes `out`; what was there (--force) gets the name that is given. For one rank only."""
-        left = f"what the run leaves is in {self.run_folder}"
-        try:
-            check_output(self.out, self.force)
-        except OutputError as error:
-            raise OutputError(f"{self.out}: was made by somebody else during the run; {left} (give it another name)") from error
-        before = self.out.with_name(f".trash-{self.out.name}-{uuid.uuid4().hex[:8]}")
-        replaces = self.force and os.path.lexists(self.out)
-        try:
-            if replaces:
-                self.out.rename(before)
-            self.run_folder.rename(self.out)
-        except OSError as error:
-            if replaces and not os.path.lexists(self.out) and os.path.lexists(before):
-                before.rename(self.out)
-            raise OutputError(f"{self.out}: cannot be made ({error.strerror}); {left}") from error
-        return before if replaces else None
+        by_rank_0(name, f"give {self.run_folder} its name")
 
 
 def _commit(partial: Path, final: Path) -> None:
@@ -234,11 +192,3 @@ def _commit(partial: Path, final: Path) -> None:
     with writing(final.parent):
         partial.rename(final)
         sync_one(final.parent)
-
-
-def _delete(path: Path) -> None:
-    """Out of sight first, by one rename: what is half deleted is no checkpoint."""
-    aside = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):
-        path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)

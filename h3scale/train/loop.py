@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from h3scale import log
 from h3scale.checkpoint.manifest import read_manifest
 from h3scale.checkpoint.shards import check_output
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder
-from h3scale.errors import DivergedError, StoppedError, StorageError, UnsafeError
-from h3scale.exit_status import run_folder_of, write_exit_status
+from h3scale.errors import DivergedError, OutputError, StoppedError, StorageError, UnsafeError
+from h3scale.exit_status import BEGUN, BEGUN_CODE, kept_step, run_folder_of, write_exit_status
 from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, attended_pairs
 from h3scale.model.router import membership_AE
@@ -28,6 +29,7 @@ from h3scale.train.keep import Keeper, Progress
 from h3scale.train.loss import Counts, compute_losses
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import HELD_OUT, Metrics
+from h3scale.train.naming import finish_ended, settle
 from h3scale.train.records import HeldOut, make_held_out, make_loader, places
 from h3scale.train.resume import check_order, check_same, check_topology, identity_of, load, open_run_folder, tidy_up, trim
 from h3scale.train.run_facts import make_metrics
@@ -83,6 +85,8 @@ def train(recipe: TrainRecipe, where: str, options: Options = Options()) -> Path
     launcher = find_launcher()
     with Claim(out) as claim, libraries_to_file() as log_file:
         training = begin(recipe, where, run_folder, options, claim, log_file)
+        if training is None:
+            return out
         # To the end: a signal must not end the last save, and a launcher sends one to those that are left when a rank has ended.
         with Asked(run_folder, training.run.rank, launcher) as asked:
             try:
@@ -94,12 +98,14 @@ def train(recipe: TrainRecipe, where: str, options: Options = Options()) -> Path
             return training.keeper.finish()
 
 
-def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, claim: Claim, log_file: LogFile) -> Training:
-    """Everything up to the first step."""
+def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, claim: Claim, log_file: LogFile) -> Training | None:
+    """Everything up to the first step. None for a run that had ended, and only had to get its name."""
+    taken = claim_early(claim, recipe, run_folder)
     check_savable(recipe, where)
     seed_everything(recipe.seed)
     run = start(recipe, where)
-    by_rank_0(claim.take, f"claim {recipe.out}")
+    if by_rank_0(lambda: _ended(taken, run_folder, claim.out, options), f"claim {recipe.out}"):
+        return None
     loader = make_loader(recipe, run)
     held_out = make_held_out(recipe, run, loader)
     newest = open_run_folder(run, run_folder, options.from_scratch)
@@ -125,6 +131,31 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, c
     if newest:
         go_on(training, newest, manifest)
     return training
+
+
+def claim_early(claim: Claim, recipe: TrainRecipe, run_folder: Path) -> OutputError | None:
+    """On rank 0, before the ranks know each other: takes the claim, and says that the run has begun; or what stands against it.
+
+    From here on, whoever kills the run leaves an exit_status.json of this start.
+    """
+    if log.RANK:
+        return None
+    try:
+        claim.take()
+        settle(run_folder, claim.out)
+        run_folder.mkdir(exist_ok=True)
+        write_exit_status(run_folder, BEGUN_CODE, BEGUN, kept_step(claim.out), recipe.steps)
+    except OutputError as error:
+        return error
+    except OSError as error:
+        return OutputError(f"{run_folder}: cannot be written ({error.strerror})")
+    return None
+
+
+def _ended(taken: OutputError | None, run_folder: Path, out: Path, options: Options) -> bool:
+    if taken:
+        raise taken
+    return not options.from_scratch and finish_ended(run_folder, out, options.force)
 
 
 def go_on(t: Training, newest: Path, manifest: dict[str, Any]) -> None:

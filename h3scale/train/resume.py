@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from h3scale.checkpoint.manifest import read_manifest
-from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.shards import ModelFolder
 from h3scale.checkpoint.training_checkpoint import find_checkpoint
 from h3scale.config.deepspeed import read_deepspeed
 from h3scale.config.recipe import TrainRecipe
@@ -30,7 +30,7 @@ from h3scale.redact import without_secrets
 from h3scale.train.agree import by_rank_0
 from h3scale.train.engine import Run
 from h3scale.train.reshard import load_shards
-from h3scale.train.run_facts import FACTS
+from h3scale.train.run_facts import read_facts
 from h3scale.versions import versions
 
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file
@@ -103,12 +103,38 @@ def check_same(path: Path, now: dict[str, Any], allow_change: bool) -> None:
         )
     if not found:
         return
+    check_trained(path, now)
     shown = found[:SHOWN] + ([f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
     if not allow_change:
         advice = "works: as it was, --allow-change to go on with what is new, --from-scratch to begin again"
         raise ConfigError([*(f"since {path}: {line}" for line in shown), f"{path}: the run has changed ({advice})"])
     for line in shown:
         logger.info("changed since %s: %s", path.name, line)
+
+
+def check_trained(path: Path, now: dict[str, Any]) -> None:
+    """ConfigError (78) where other parameters are trained than were, by the recipes: the optimizer knows nothing of those.
+
+    Without ZeRO DeepSpeed reads the optimizer, and wants the same groups: matrices with and without weight decay are two.
+    """
+    manifest = read_manifest(path)
+    old, new = (_what_is_trained(recipe) for recipe in (manifest["identity"]["recipe"], now["recipe"]))
+    findings = [f"{key}: {old[key]} -> {new[key]}" for key in ("trainable", "lora") if old[key] != new[key]]
+    if manifest["zero_stage"] == 0 and bool(old["decay"]) != bool(new["decay"]):
+        findings.append(f"optimizer.weight_decay: {old['decay']} -> {new['decay']}")
+    advice = "works: as it was, or a new run from the model of this one"
+    if findings:
+        raise ConfigError([f"{path}: {finding}: cannot be gone on with, even if allowed ({advice})" for finding in findings])
+
+
+def _what_is_trained(recipe: dict[str, Any]) -> dict[str, Any]:
+    lora = recipe["lora"]
+    shape = f"rank {lora['rank']} of {', '.join(sorted(lora['targets']))}" if lora else "none"
+    return {
+        "trainable": ", ".join(sorted(recipe["trainable"])),
+        "lora": shape,
+        "decay": recipe["optimizer"]["weight_decay"],
+    }
 
 
 def check_topology(run: Run, path: Path) -> None:
@@ -217,9 +243,7 @@ def _candidates(run_folder: Path, from_scratch: bool) -> list[Path]:
 def _begun_by_this_job(run_folder: Path) -> bool:
     """Whether Slurm has started a job again that has begun the run: --from-scratch has been done."""
     attempt = this_attempt()
-    if not attempt["restart"] or not (run_folder / FACTS).is_file():
-        return False
-    return bool(read_json(run_folder / FACTS).get("begun_by_job") == attempt["job"])
+    return bool(attempt["restart"] and read_facts(run_folder).get("begun_by_job", "") == attempt["job"])
 
 
 def _damage(run: Run, path: Path) -> list[str]:
@@ -248,16 +272,16 @@ def _set_aside(damaged: list[Path], findings: list[str]) -> None:
 
 def _empty(run_folder: Path) -> None:
     try:
-        if run_folder.exists():
-            shutil.rmtree(run_folder)
-        run_folder.mkdir(parents=True)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        for path in run_folder.iterdir():
+            if path.name != EXIT_STATUS:  # this start's
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     except OSError as error:
         raise OutputError(f"{run_folder}: cannot be made ({error.strerror})") from error
 
 
 def tidy_up(run_folder: Path) -> None:
-    """Removes what an interrupted run has begun and not finished, and how it ended. For one rank only."""
-    (run_folder / EXIT_STATUS).unlink(missing_ok=True)
+    """Removes what an interrupted run has begun and not finished. For one rank only."""
     for path in [*run_folder.glob(".partial-*"), *run_folder.glob(".trash-*")]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 

@@ -7,7 +7,9 @@ from typing import Any
 from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
-from h3scale.exit_status import this_attempt
+from h3scale.errors import DataError, MissingInputError
+from h3scale.exit_status import FACTS, this_attempt
+from h3scale.log import logger
 from h3scale.model.flops import Flops, active_parameters, training_flops
 from h3scale.train.engine import Run
 from h3scale.train.live import open_view
@@ -16,8 +18,6 @@ from h3scale.train.peak import peak_of
 from h3scale.train.storage import model_bytes, writing
 from h3scale.train.trackers import Guarded, open_trackers
 from h3scale.train.watch import Watch
-
-FACTS = "run.json"
 
 
 def make_metrics(
@@ -44,12 +44,11 @@ def make_metrics(
             "flops_per_attended_pair": flops.per_pair,
             "model_bytes": model_bytes(recipe, run),
         }
-        path = run_folder / FACTS
         begun = {"run_id": uuid.uuid4().hex[:8], "begun_by_job": this_attempt()["job"], "resumed_after": []}
-        before: dict[str, Any] = read_json(path) if path.is_file() else begun
+        before = begun | read_facts(run_folder)
         facts = before | facts | {"resumed_after": [*before["resumed_after"], *([] if resumed_after is None else [resumed_after])]}
         with writing(run_folder):
-            write_json(path, facts)
+            write_json(run_folder / FACTS, facts)
         notes = [f"MFU is of {peak}, ranks: {run.world_size}"]
         metrics.trackers += [
             *open_trackers(recipe, run_folder, facts["run_id"], first_step),
@@ -60,4 +59,15 @@ def make_metrics(
 
 def add_facts(run_folder: Path, facts: dict[str, Any]) -> None:
     """More of what run.json says. For one rank only."""
-    write_json(run_folder / FACTS, read_json(run_folder / FACTS) | facts)
+    write_json(run_folder / FACTS, read_facts(run_folder) | facts)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json says; nothing where it is not there, or was torn by a disk: that is no reason to lose a run."""
+    try:
+        return read_json(folder / FACTS)
+    except MissingInputError:
+        return {}
+    except DataError as error:
+        logger.warning("%s, and is written anew", error)
+        return {}

@@ -1,5 +1,6 @@
 """What a run leaves gets its name, and nothing that is there is deleted for it."""
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from h3scale.config.base import load_recipe
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import ConfigError, OutputError
 from h3scale.exit_status import read_exit_status
-from h3scale.train import keep
+from h3scale.train import keep, naming
 from h3scale.train.keep import Keeper
 
 STEPS = 4
@@ -163,12 +164,16 @@ def test_what_force_would_replace_is_there_again_when_it_does_not_succeed(
     kept = keeper(tmp_path, force=True)
     rename = Path.rename
 
+    def cannot(_one: Path, _other: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
     def refuses(path: Path, target: Path) -> Path:
         if path == kept.run_folder:
             raise PermissionError(13, "Permission denied")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuses)
+    monkeypatch.setattr(naming, "_exchange", cannot)
     with pytest.raises(OutputError, match="Permission denied"):
         kept.finish()
     assert (tmp_path / "x" / "old.txt").read_text() == "old"

@@ -1,12 +1,12 @@
 """What a rank's program leaves behind when it fails, for scripts whose launcher loses exit codes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from h3scale.errors import DataError, H3Error, PeerLostError, TakenError
-from h3scale.exit_status import read_exit_status, run_folder_of, write_exit_status
+from h3scale.exit_status import BEGUN, BEGUN_CODE, read_exit_status, run_folder_of, write_exit_status
 from h3scale.train import __main__ as program
 from h3scale.train import loop
 
@@ -52,3 +52,14 @@ def test_what_another_rank_has_said_stays_unless_it_only_lost_a_peer(monkeypatch
 def test_nothing_is_written_into_the_folder_of_another_run(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     assert fails(monkeypatch, out, TakenError("a run is writing it")) == 73
     assert said(out) is None
+
+
+def test_that_a_run_has_begun_is_said_until_it_ends_and_replaced_by_anything(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    begun = PeerLostError(BEGUN)
+    assert fails(monkeypatch, out, PeerLostError("where is it"), begun) == 69
+    assert said(out) == (69, "where is it")
+    assert fails(monkeypatch, out, DataError("broken"), begun) == 65
+    assert said(out) == (65, "broken")
+    with pytest.raises(KeyboardInterrupt):  # as a kill: nothing is said after it
+        fails(monkeypatch, out, cast(Any, KeyboardInterrupt()), begun)
+    assert said(out) == (BEGUN_CODE, BEGUN)

@@ -106,7 +106,7 @@ def checkpoint(run_folder: Path, name: str, text: str = "weights") -> Path:
     folder.mkdir(parents=True)
     (folder / "file").write_text(text)
     entry = {"size": len(text), "sha256": hashlib.sha256(b"weights").hexdigest()}
-    write_manifest(folder, {"step": int(name[-6:]), "files": {"file": entry}})
+    write_manifest(folder, {"step": int(name[-6:]), "zero_stage": 0, "files": {"file": entry}})
     return folder
 
 
@@ -154,6 +154,27 @@ def test_from_scratch_is_done_once_in_a_job(
     (tmp_path / "run.json").write_text(json.dumps({"begun_by_job": begun_by}))
     assert open_run_folder(ALONE, tmp_path, True) == (there if stays else None)
     assert there.exists() is stays
+
+
+OTHERS = {
+    "trainable=[all]": "trainable: .* -> all",
+    "lora={rank: 4}": "lora: none -> rank 4 of attention",
+    "optimizer.weight_decay=0.5": r"optimizer\.weight_decay: 0\.0 -> 0\.5",
+}
+
+
+@pytest.mark.parametrize("word", OTHERS)
+def test_a_run_that_trains_other_parameters_than_before_is_refused_though_changes_are_allowed(
+    model: Path, tmp_path: Path, word: str
+) -> None:
+    path = checkpoint(tmp_path, "step-000001")
+    write_manifest(path, read_manifest(path) | {"identity": identity(model)})
+    check_same(path, identity(model, "optimizer.learning_rate=0.5"), allow_change=True)
+    with pytest.raises(ConfigError, match=f"^{path}: {OTHERS[word]}: cannot be gone on with, even if allowed "):
+        check_same(path, identity(model, word), allow_change=True)
+    write_manifest(path, read_manifest(path) | {"zero_stage": 3})
+    if "decay" in word:  # there are no groups in what is read then
+        check_same(path, identity(model, word), allow_change=True)
 
 
 def test_a_run_that_has_taken_more_steps_than_it_is_to_take_is_refused(model: Path, tmp_path: Path) -> None:

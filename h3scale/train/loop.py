@@ -30,6 +30,7 @@ from h3scale.train.loss import Counts, compute_losses
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import HELD_OUT, Metrics
 from h3scale.train.naming import finish_ended, settle
+from h3scale.train.peers import stacks_when_hung
 from h3scale.train.records import HeldOut, make_held_out, make_loader, places
 from h3scale.train.resume import check_order, check_same, check_topology, identity_of, load, open_run_folder, tidy_up, trim
 from h3scale.train.run_facts import make_metrics
@@ -182,8 +183,10 @@ def steps_of_run(t: Training, asked: Asked) -> None:
     if recipe.evaluation and recipe.evaluation.at_start and not t.resumed:
         evaluate(t, 0)
     t.metrics.start()
-    with timed_all_to_all(t.metrics.clock), out_of_memory_told(recipe, run, "training"):
+    hung = stacks_when_hung(recipe.collective_timeout_s)
+    with timed_all_to_all(t.metrics.clock), out_of_memory_told(recipe, run, "training"), hung as not_hung:
         for step in range(t.first_step, recipe.steps):
+            not_hung()
             with t.metrics.clock.phase("data"):
                 batch = loader.batch(step)
             share = learning_rate_share(step, recipe.steps, recipe.optimizer)

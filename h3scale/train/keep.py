@@ -7,6 +7,7 @@ While a run goes on everything is in `.run-NAME` beside `out`. A run that shards
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,4 +192,9 @@ def _commit(partial: Path, final: Path) -> None:
     """Everything is on disk, then the name is, and only then does anybody rely on it. For one rank only."""
     with writing(final.parent):
         partial.rename(final)
-        sync_one(final.parent)
+        try:
+            sync_one(final.parent)
+        except OSError:
+            with suppress(OSError):
+                final.rename(partial)  # what is said not to be saved is not there
+            raise

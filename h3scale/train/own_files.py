@@ -35,7 +35,7 @@ class OwnFiles:
         if self.findings:
             return
         try:
-            with writing(self.folder):
+            with writing(path):
                 write(path)
         except StorageError as error:
             self.findings += error.findings
@@ -85,6 +85,6 @@ class OwnFiles:
 
 
 def _flush(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with writing(path), path.open("rb") as file:
         os.fsync(file.fileno())
         return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -17,23 +17,27 @@ from h3scale.model.trainable import group_of, whole_shape
 from h3scale.train.engine import Run
 
 STATES = 3  # that a checkpoint has of each trained parameter: the fp32 master and two moments of AdamW
-WORDS = ("inline_container.cc", "PytorchStreamWriter", "write(): fd", "Parent directory")  # of torch.save's RuntimeErrors
+# Of torch.save's RuntimeErrors. Most of them do not say why ("unexpected pos 160704 vs 160592").
+WORDS = ("inline_container.cc", "PytorchStreamWriter", "write(): fd", "Parent directory", "iostream error")
+RUST = "(os error "  # in the plain Exceptions of tokenizers
 GB = 1e9
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Within, whatever says that files of `folder` cannot be written is a StorageError (74). For each rank by itself."""
+    """Within, whatever says that `folder`, or a file in it, cannot be written is a StorageError (74). For each rank by itself."""
     try:
         yield
     except OSError as error:
         raise _refused(error.filename or folder, folder, error.strerror or str(error)) from error
     except SafetensorError as error:
         raise _refused(folder, folder, str(error)) from error
-    except RuntimeError as error:
-        if not any(word in str(error) for word in WORDS):
+    except Exception as error:
+        told = isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+        if not told and not (type(error) is Exception and RUST in str(error)):
             raise
-        raise _refused(folder, folder, str(error)) from error
+        why = f"torch could not write all of it ({next(iter(str(error).splitlines()), '')})" if told else str(error)
+        raise _refused(folder, folder, why) from error
 
 
 def _refused(what: object, folder: Path, reason: str) -> StorageError:

@@ -2,8 +2,9 @@
 
 python -m tests.distributed.run_with_poison RUNS
 
-RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them. Prints JSON,
-name -> exit codes. `poison` is nothing, or one of these:
+RUNS is JSON, name -> {"ranks", "poison", "words"}: recipe and overrides as `python -m h3scale.train` takes them. With "ids", a file
+gets a line for each step: its number, and the records of all ranks. Prints JSON, name -> exit codes. `poison` is nothing, or one of
+these:
 
 - "loss" or "gradient": not finite, of the last rank's first micro-batch in step BAD_STEP ("... for ever": in all from there on)
 - "left out": step BAD_STEP is not computed at all
@@ -51,8 +52,8 @@ class NotFiniteGradient(torch.autograd.Function):
 class Poison:
     """Stands between the loop and its functions."""
 
-    def __init__(self, what: str):
-        self.what, self.step, self.fresh = what, 0, False
+    def __init__(self, what: str, ids: str = ""):
+        self.what, self.ids, self.step, self.fresh = what, ids, 0, False
         self.one_step, self.compute_losses = loop.one_step, loop.compute_losses
         loop.one_step, loop.compute_losses = self.take_step, self.take_losses
         self.write_checkpoint = keep.write_checkpoint
@@ -66,6 +67,9 @@ class Poison:
             threading.Timer(float(self.what.split()[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
         before = self.step or int(args[1].engine.global_steps)  # of a run that goes on
         self.step, self.fresh = before + 1, True
+        if self.ids and log.RANK == 0:
+            with Path(self.ids).open("a") as file:
+                file.write(f"{self.step} {args[3].records.tolist()}\n")
         if self.what == "in the way" and self.bad and log.RANK == 0:
             out = Path(args[0].out)
             out.mkdir()
@@ -110,7 +114,7 @@ class Poison:
 
 def rank_main(run: dict[str, Any]) -> None:
     log.RANK = int(os.environ["RANK"])  # was read before the fork
-    Poison(run["poison"])
+    Poison(run["poison"], run.get("ids", ""))
     code = rank_program.main(run["words"])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,8 +7,9 @@ ASKED is JSON: `words` (recipe and overrides of a run of one rank), `of` ("save"
 `samples`: the folder for some of the killed runs, as they were left. Prints JSON lines, one a call: what `look` finds, and how the
 method ended.
 
-The run goes on to that moment once; each fault is one of a fork of its own. That can be because torch's process group "threaded" has
-no thread where there is one rank: gloo's would be missing in the fork. What is written is the same, whatever carries collectives.
+The run goes on to that moment once; each fault is one of a fork of its own. That can be because torch's process group "threaded"
+has no thread where there is one rank: gloo's would be missing in the fork. What is written is the same, whatever carries the
+collectives.
 """
 
 import json

@@ -3,6 +3,8 @@
 Nothing here needs a model in memory. Hash-checked commits of training checkpoints are another file's matter.
 """
 
+import ctypes
+import errno
 import json
 import os
 import shutil
@@ -35,6 +37,8 @@ from h3scale.log import progress
 from h3scale.redact import without_secrets
 
 GENERATION = "generation_config.json"
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
+CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -177,14 +181,35 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
         yield partial
         sync(partial)
         if _occupied(final):
-            old = final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}")
-            final.rename(old)
-            partial.rename(final)
-            shutil.rmtree(old)
+            _replace(partial, final)
         else:
             partial.rename(final)
+        sync_one(final.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """`new` gets the name of `old`, which is deleted."""
+    aside = old.with_name(f".trash-{old.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        exchange(new, old)
+        new.rename(aside)
+    except OSError as error:
+        if error.errno not in CANNOT_EXCHANGE:
+            raise
+        old.rename(aside)
+        new.rename(old)
+    shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swaps two names in one moment. OSError (CANNOT_EXCHANGE) where the kernel or the file system has no such thing (NFS)."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc 2.28
+    if renameat2 is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def check_output(path: str | Path, force: bool = False) -> None:

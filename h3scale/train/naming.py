@@ -3,15 +3,13 @@
 Before anything is moved, run.json says how the run ended, and what `out` was (`replaces`). All here is for one rank only.
 """
 
-import ctypes
-import errno
 import os
 import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from h3scale.checkpoint.shards import check_output, sync_one
+from h3scale.checkpoint.shards import CANNOT_EXCHANGE, check_output, exchange, sync_one
 from h3scale.errors import DivergedError, OutputError
 from h3scale.exit_status import DIVERGED, DONE, REPLACES, checkpoints_in, is_replaced
 from h3scale.log import logger
@@ -19,7 +17,6 @@ from h3scale.train.run_facts import add_facts, read_facts
 from h3scale.train.storage import writing
 
 LAST = "last"  # folder of the last model beside the best one
-_RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # linux/fs.h, fcntl.h
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -126,9 +123,9 @@ def _replace(run_folder: Path, out: Path) -> None:
     aside = out.with_name(f".trash-{out.name}-{uuid.uuid4().hex[:8]}")
     add_facts(run_folder, {REPLACES: {"inode": os.lstat(out).st_ino, "aside": aside.name}})
     try:
-        _exchange(run_folder, out)
+        exchange(run_folder, out)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EINVAL):  # a kernel or a file system that cannot
+        if error.errno not in CANNOT_EXCHANGE:
             raise
         out.rename(aside)
         try:
@@ -136,12 +133,3 @@ def _replace(run_folder: Path, out: Path) -> None:
         except OSError:
             aside.rename(out)
             raise
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swaps two names at once. OSError (ENOSYS, EINVAL) where that cannot be."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc 2.28
-    if renameat2 is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

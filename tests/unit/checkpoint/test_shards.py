@@ -1,11 +1,14 @@
 """Model folders are read one tensor at a time, and written whole or not at all."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from h3scale.checkpoint import shards
 from h3scale.checkpoint.shards import (
     INDEX,
     WEIGHTS,
@@ -133,6 +136,34 @@ def test_a_folder_appears_only_when_all_went_well(tmp_path):
     with new_folder(out) as partial:
         (partial / "whole").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+
+
+def test_where_two_names_can_be_exchanged_an_output_that_is_replaced_is_never_missing(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    there = []
+    for owner, name in ((os, "rename"), (os, "unlink"), (os, "rmdir"), (shards, "exchange")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, plain=plain, **b: (plain(*a, **b), there.append(out.exists())))
+    with new_folder(out, force=True) as partial:
+        (partial / "new").touch()
+    assert there
+    assert all(there)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_where_they_cannot_be_it_is_replaced_all_the_same(tmp_path, monkeypatch):
+    def cannot(one, other):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(shards, "exchange", cannot)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with new_folder(out, force=True) as partial:
+        (partial / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
 def test_an_output_is_replaced_only_with_force_and_only_after_success(tmp_path):

@@ -173,7 +173,7 @@ def test_what_force_would_replace_is_there_again_when_it_does_not_succeed(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuses)
-    monkeypatch.setattr(naming, "_exchange", cannot)
+    monkeypatch.setattr(naming, "exchange", cannot)
     with pytest.raises(OutputError, match="Permission denied"):
         kept.finish()
     assert (tmp_path / "x" / "old.txt").read_text() == "old"

@@ -36,7 +36,7 @@ def kill_at(patch: pytest.MonkeyPatch, number: int) -> None:
 
     for name in MOVES:
         patch.setattr(os, name, stopped(getattr(os, name)))
-    patch.setattr(naming, "_exchange", stopped(naming._exchange))
+    patch.setattr(naming, "exchange", stopped(naming.exchange))
 
 
 def cannot_exchange(_one: Path, _other: Path) -> None:
@@ -98,7 +98,7 @@ def test_with_force_a_kill_at_any_move_leaves_the_old_output_or_the_new_one(tmp_
     lay_out(run_folder, 4, 4)
     with pytest.MonkeyPatch.context() as patch:
         if not exchanges:
-            patch.setattr(naming, "_exchange", cannot_exchange)
+            patch.setattr(naming, "exchange", cannot_exchange)
         kill_at(patch, number)
         try:
             take_name(run_folder, out, True)

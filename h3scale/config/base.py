@@ -43,7 +43,7 @@ def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None =
         values = _merge(values, toy_values(values, str(path)))
     for override in words:
         if override != TINY:
-            _apply(values, override)
+            apply_override(values, override)
     return checked(schema, values, str(path))
 
 
@@ -108,7 +108,8 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Writes `key.sub=value` into the values of a recipe; the value is YAML. ConfigError (78) for anything else."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{override}': an override is key=value, such as train.steps=100")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2] / "h3scale"
-ROOMS = ("model", "fusion", "train", "checkpoint", "evaluation", "data")
+ROOMS = ("model", "merge", "fusion", "train", "checkpoint", "evaluation", "data")
 COUNTS = {
     "num_experts",
     "num_local_experts",

@@ -1,0 +1,1 @@
+"""Merging methods: pure functions of one tensor. What streams them over models is fusion's matter."""

@@ -1,0 +1,135 @@
+"""What a method gets: the changes of one tensor, model by model, dense or as factors, and where in the models they are.
+
+Shape suffixes in this package: O rows (outputs) and I columns (inputs) of a matrix, X whatever shape a tensor has, R rank of a
+factored change, K singular triplets, S and L the shorter and the longer side, M models. Values are fp32, Gram matrices and all
+that is decomposed fp64.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_VALUES = 1 << 17  # what is worked on at a time: so many values of all models stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The matrix left @ right without its entries: what a LoRA adapter changes, and what comes of a few of them."""
+
+    left_OR: Tensor
+    right_RI: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.left_OR.shape[0], self.right_RI.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return self.left_OR.shape[1]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the product."""
+        return self.left_OR[start:stop] @ self.right_RI
+
+    def dense(self) -> Tensor:
+        return self.left_OR @ self.right_RI
+
+
+Delta = Tensor | LowRank
+Pair = tuple[Tensor, list[Tensor]]  # a base and the deltas of all models, or blocks of them
+
+
+class Blocks(Protocol):
+    """One tensor, or a model's tensors one after another, in blocks that can be asked for again."""
+
+    @property
+    def numel(self) -> int: ...
+
+    def delta(self, model: int) -> Iterator[Tensor]:
+        """The delta of one model."""
+
+    def pairs(self) -> Iterator[Pair]:
+        """The base, and the deltas of all models."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Values in memory as blocks: there is one."""
+
+    base_X: Tensor
+    deltas: Sequence[Delta]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.base_X.shape)
+
+    def delta(self, model: int) -> Iterator[Tensor]:
+        yield dense(self.deltas[model])
+
+    def pairs(self) -> Iterator[Pair]:
+        yield self.base_X, [dense(delta) for delta in self.deltas]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a block is: the tensor's name, the models' names, the flat index of its first value.
+
+    `facts` is what the method's survey has found in the whole tensor (or model); None: the block is the whole tensor, and the
+    method looks for itself.
+    """
+
+    name: str = ""
+    models: tuple[str, ...] = ()
+    start: int = 0
+    facts: Any = field(default=None, compare=False)
+
+    def model(self, index: int) -> str:
+        """The name of a model; its number where there are no names."""
+        return self.models[index] if self.models else str(index)
+
+
+Survey = Callable[[Blocks, Any, Sequence[float]], Any]
+
+
+def dense(delta: Delta) -> Tensor:
+    """All entries, fp32 (fp64 stays)."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+def row_blocks(delta: Delta) -> Iterator[Tensor]:
+    """All entries, some rows at a time."""
+    if delta.shape == ():
+        yield dense(delta).reshape(1)
+        return
+    step = max(1, BLOCK_VALUES // max(math.prod(delta.shape[1:]), 1))
+    for start in range(0, delta.shape[0], step):
+        yield delta.rows(start, start + step) if isinstance(delta, LowRank) else delta[start : start + step]
+
+
+def length(delta: Delta) -> float:
+    """The Frobenius norm, in fp64; of factors without their product."""
+    if isinstance(delta, LowRank):
+        left_OR, right_RI = delta.left_OR.double(), delta.right_RI.double()
+        return math.sqrt(max(float(((left_OR.T @ left_OR) * (right_RI @ right_RI.T)).sum()), 0.0))
+    return math.sqrt(float(delta.double().square().sum()))
+
+
+def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
+    """The sum of all, with factors side by side where there are nothing but factors."""
+    if all(isinstance(delta, LowRank) for delta in deltas):
+        factors = [delta for delta in deltas if isinstance(delta, LowRank)]
+        left_OR = torch.cat([delta.left_OR * weight for delta, weight in zip(factors, weights, strict=True)], dim=1)
+        return LowRank(left_OR, torch.cat([delta.right_RI for delta in factors]))
+    total_X: Tensor | None = None
+    for delta, weight in zip(deltas, weights, strict=True):
+        values_X = dense(delta)
+        if total_X is None:
+            total_X = values_X * weight
+        else:
+            total_X.add_(values_X, alpha=weight)
+    assert total_X is not None
+    return total_X

@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from h3scale import __version__, log
-from h3scale.cli import checkpoint, data, demo, evaluate, fuse, generate, launch, report, train
+from h3scale.cli import checkpoint, data, demo, evaluate, fuse, generate, launch, merge, report, train
 from h3scale.errors import H3Error
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command()(train.train)
 app.command()(train.align)
 app.command()(launch.launch)
 app.command()(fuse.fuse)
+app.command()(merge.merge)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)

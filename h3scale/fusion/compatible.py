@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.shards import TOKENIZER_FILES, ModelFolder, read_json
 from h3scale.checkpoint.vocabulary import has_vocabulary, same_file, vocabulary
 from h3scale.errors import DataError
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
@@ -99,8 +99,23 @@ def shape_findings(source: Source, shapes: Mapping[str, tuple[int, ...]], tied: 
     for (found, wanted), names in wrong.items():
         findings += [f"{source.path}: {row} has shape {found}, the base has {wanted}" for row in _folded(names)]
     unusable = [name for name in common if not specs[name].dtype.is_floating_point]
-    findings += [f"{source.path}: {row} is not floating point (quantised models cannot be fused)" for row in _folded(unusable)]
+    findings += [f"{source.path}: {row} is not floating point (works: models that are not quantised)" for row in _folded(unusable)]
     return findings
+
+
+def dtype_findings(source: Source, base: Source) -> list[str]:
+    """Tensors in another number format than the base's: a mean of both has none of its own."""
+    found: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    for name, spec in source.specs.items():
+        wanted = base.specs.get(name)
+        if wanted is not None and wanted.dtype != spec.dtype:
+            found.setdefault((spec.dtype, wanted.dtype), []).append(name)
+    return [
+        f"{source.path}: {row} is {str(own).removeprefix('torch.')}, the base's is {str(wanted).removeprefix('torch.')} "
+        "(works: dtype, which says what to write)"
+        for (own, wanted), names in found.items()
+        for row in _folded(names)
+    ]
 
 
 def config_findings(source: DenseSource, base_config: Any) -> list[str]:
@@ -135,6 +150,12 @@ def has_chat_template(folder: Path) -> bool:
         return True
     settings = folder / "tokenizer_config.json"
     return settings.is_file() and bool(read_json(settings).get("chat_template"))
+
+
+def tokenizer_folder(folders: Sequence[Path]) -> Path | None:
+    """The folder whose tokenizer is copied: the first, the base's, unless only an aligned model has learned to converse."""
+    found = [folder for folder in folders if any((folder / name).is_file() for name in TOKENIZER_FILES)]
+    return next((folder for folder in found if has_chat_template(folder)), found[0] if found else None)
 
 
 def shared_warnings(models: Mapping[str, Source], shared_names: list[str]) -> list[str]:

@@ -16,10 +16,10 @@ from h3scale.config.fuse import FuseRecipe, RouterStart
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.records import Record, split_by_instruction
 from h3scale.data.sources import read_records
-from h3scale.errors import DataError, UnsafeError
+from h3scale.errors import DataError
 from h3scale.fusion.plan import Plan, PlannedTensor, make_plan
 from h3scale.fusion.router_init import cut, fit_router, random_rows, router_accuracy, set_routers
-from h3scale.fusion.sources import Source, open_sources
+from h3scale.fusion.sources import Source, keep_inputs, open_sources
 from h3scale.model.names import MOE
 from h3scale.model.start import load_model, load_tokenizer
 
@@ -61,7 +61,7 @@ class StartRecords:
 
 def plan_fusion(recipe: FuseRecipe) -> Plan:
     """The plan alone; nothing is written."""
-    base, models = open_sources(recipe)
+    base, models = open_sources(recipe.base, recipe.models)
     return make_plan(base, models, recipe)
 
 
@@ -73,8 +73,8 @@ def fuse(recipe: FuseRecipe, force: bool = False, show: Callable[[Plan], None] |
     """
     out = Path(recipe.out)
     check_output(out, force)
-    _keep_inputs(recipe, out)
-    base, models = open_sources(recipe)
+    keep_inputs({"base": recipe.base, **{f"models.{label}": path for label, path in recipe.models.items()}}, out)
+    base, models = open_sources(recipe.base, recipe.models)
     plan = make_plan(base, models, recipe)
     records = choose_records(recipe.router, plan.expert_map.alignments)
     if show is not None:
@@ -90,17 +90,6 @@ def fuse(recipe: FuseRecipe, force: bool = False, show: Callable[[Plan], None] |
         report = start_router(folder, plan, recipe.router, records)
         write_json(folder / REPORT, _report(plan, report, records))
     return Summary(out, plan, report)
-
-
-def _keep_inputs(recipe: FuseRecipe, out: Path) -> None:
-    inputs = {"base": recipe.base, **{f"models.{label}": path for label, path in recipe.models.items()}}
-    findings = [
-        f"out: {out} would replace {key}: {path} (choose another out)"
-        for key, path in inputs.items()
-        if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
-    ]
-    if findings:
-        raise UnsafeError(findings)
 
 
 def _produce(planned: PlannedTensor, sources: Mapping[str, Source]) -> torch.Tensor:

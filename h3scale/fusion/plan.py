@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from h3scale.checkpoint.shards import TOKENIZER_FILES, TensorSpec
+from h3scale.checkpoint.shards import TensorSpec
 from h3scale.config.fuse import FuseRecipe
 from h3scale.errors import DataError, MissingInputError
 from h3scale.fusion.compatible import (
@@ -17,10 +17,10 @@ from h3scale.fusion.compatible import (
     ffn_names,
     fold,
     full_config,
-    has_chat_template,
     shape_findings,
     shared_warnings,
     tokenizer_findings,
+    tokenizer_folder,
 )
 from h3scale.fusion.sources import DenseSource, Source
 from h3scale.model.experts import ExpertMap
@@ -200,12 +200,7 @@ def _routers(base: DenseSource, expert_map: ExpertMap, config: dict[str, Any]) -
 
 
 def _tokenizer(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecipe) -> Path | None:
-    """The folder whose tokenizer is copied: the base's, unless only an aligned model has learned to converse."""
-    folders = [path for path in (base.path, *(source.path for source in models.values())) if _has_tokenizer(path)]
-    if not folders and (recipe.router.init != "random" or recipe.router.heldout_records):
+    folder = tokenizer_folder([base.path, *(source.path for source in models.values())])
+    if folder is None and (recipe.router.init != "random" or recipe.router.heldout_records):
         raise MissingInputError(f"{base.path}: no tokenizer here or beside an aligned model, and the router start needs one")
-    return next((path for path in folders if has_chat_template(path)), folders[0] if folders else None)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return folder

@@ -8,6 +8,7 @@ Where we differ from the official H3Fusion code (read, and run):
   names another one is pointed out.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +17,7 @@ import torch
 
 from h3scale.checkpoint.adapter import ADAPTER_CONFIG, Adapter
 from h3scale.checkpoint.shards import ModelFolder, TensorSpec
-from h3scale.config.fuse import FuseRecipe
-from h3scale.errors import DataError, H3Error
+from h3scale.errors import DataError, H3Error, UnsafeError
 
 
 class Source(Protocol):
@@ -97,6 +97,11 @@ class AdapterSource:
         low_rank, back = (self.adapter.pairs[name][part].values().float() for part in "AB")
         return (values.float() + back @ low_rank * self.adapter.scale(name)).to(values.dtype)
 
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """scale B (out, r) and A (r, in) of a tensor that it changes, in fp32."""
+        low_rank_RI, back_OR = (self.adapter.pairs[name][part].values().float() for part in "AB")
+        return back_OR * self.adapter.scale(name), low_rank_RI
+
     def changed(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.adapter.pairs]
 
@@ -107,13 +112,13 @@ class AdapterSource:
         return None if same or Path(named).name == self.base.path.name else named
 
 
-def open_sources(recipe: FuseRecipe) -> tuple[DenseSource, dict[str, Source]]:
+def open_sources(base: str, paths: Mapping[str, str]) -> tuple[DenseSource, dict[str, Source]]:
     """The base and the aligned models, in the recipe's order. All findings of one kind are raised together."""
-    folder = ModelFolder(recipe.base)
+    folder = ModelFolder(base)
     _ = folder.specs  # missing weights are noticed now
     models: dict[str, Source] = {}
     errors: list[H3Error] = []
-    for label, path in recipe.models.items():
+    for label, path in paths.items():
         try:
             models[label] = _open(label, Path(path), folder)
         except H3Error as error:
@@ -121,6 +126,17 @@ def open_sources(recipe: FuseRecipe) -> tuple[DenseSource, dict[str, Source]]:
     if errors:
         raise type(errors[0])([finding for error in errors for finding in error.findings])
     return DenseSource("base", folder), models
+
+
+def keep_inputs(inputs: Mapping[str, str], out: Path) -> None:
+    """UnsafeError (77) when writing `out` would take a folder away that is read; keys say what each is for."""
+    findings = [
+        f"out: {out} would replace {key}: {path} (choose another out)"
+        for key, path in inputs.items()
+        if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
+    ]
+    if findings:
+        raise UnsafeError(findings)
 
 
 def _open(label: str, path: Path, base: ModelFolder) -> Source:

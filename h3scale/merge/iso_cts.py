@@ -20,7 +20,7 @@ ROUNDING = 1e-8  # what is left of a delta that lies in the common directions, a
 def iso_cts(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], options: IsoCts, site: Site) -> Delta:
     """The merged change of one matrix, before scaling."""
     total = weighted_sum(deltas, weights)
-    rank = largest_rank(total)
+    rank = largest_rank(base_OI)
     of_each = round((rank - int(rank * options.common_fraction)) / len(deltas))
     common = top_triplets(total, rank - of_each * len(deltas))
     parts = [common]

@@ -35,7 +35,7 @@ class Traits:
 def resm(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], options: Resm, site: Site) -> Delta:
     """The merged change of one matrix, before scaling."""
     traits = [traits_of(delta, options) for delta in deltas]
-    ranks = ranks_of(traits, largest_rank(deltas[0]), math.prod(deltas[0].shape), options)
+    ranks = ranks_of(traits, largest_rank(base_OI), math.prod(base_OI.shape), options)
     shares = [trait.outlier_share for trait in traits]
     if options.outliers == "model" and sum(shares) > 0:
         weights = [weight * len(deltas) * share / sum(shares) for weight, share in zip(weights, shares, strict=True)]

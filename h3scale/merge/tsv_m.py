@@ -16,6 +16,6 @@ from h3scale.merge.spectrum import largest_rank, orthogonal_together, top_triple
 
 def tsv_m(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], options: TsvM, site: Site) -> Delta:
     """The merged change of one matrix, before scaling."""
-    rank = max(1, largest_rank(deltas[0]) // len(deltas))
+    rank = max(1, largest_rank(base_OI) // len(deltas))
     parts = [top_triplets(delta, rank).scaled(weight) for delta, weight in zip(deltas, weights, strict=True)]
     return orthogonal_together(parts)

@@ -22,20 +22,20 @@ def wudi(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], opt
         rows_IK = torch.linalg.qr(torch.cat([delta.right_RI for delta in factors]).double().T)[0]
         inside = [delta.left_OR.double() @ (delta.right_RI.double() @ rows_IK) for delta in factors]
         return LowRank(_least_interference(inside, weights).float(), rows_IK.T.float())
-    return _least_interference([dense(delta) for delta in deltas], weights).float()
+    return _least_interference(deltas, weights).float()
 
 
-def _least_interference(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    rows, columns = deltas[0].shape
-    top_OI = torch.zeros(rows, columns, dtype=torch.float64, device=deltas[0].device)
-    bottom_II = torch.zeros(columns, columns, dtype=torch.float64, device=deltas[0].device)
+def _least_interference(deltas: Sequence[Delta], weights: Sequence[float]) -> Tensor:
+    top_OI = bottom_II = None
     for delta, weight in zip(deltas, weights, strict=True):
-        delta_OI = delta.double()
-        squares = float(delta_OI.square().sum())
-        if squares and weight:
-            gram_II = delta_OI.T @ delta_OI / squares
-            bottom_II += gram_II
+        delta_OI = dense(delta).double()
+        gram_II = delta_OI.T @ delta_OI / delta_OI.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        if top_OI is None or bottom_II is None:
+            top_OI, bottom_II = delta_OI @ gram_II * weight, gram_II
+        else:
             top_OI.addmm_(delta_OI, gram_II, alpha=weight)
+            bottom_II += gram_II
+    assert top_OI is not None
     values_I, vectors_II = torch.linalg.eigh(bottom_II)
     there_I = values_I > NULL * values_I[-1:]
     inverse_I = torch.where(there_I, 1 / torch.where(there_I, values_I, 1.0), 0.0)

@@ -18,6 +18,7 @@ from functools import cache
 PROJECTIONS = ("gate", "up", "down")  # SwiGLU: down(silu(gate(x)) * up(x))
 
 DENSE_FFN = {p: f"model.layers.{{layer}}.mlp.{p}_proj.weight" for p in PROJECTIONS}
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # one row a word
 
 HUB, AUTOEP = "hub", "autoep"
 

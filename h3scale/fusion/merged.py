@@ -1,0 +1,149 @@
+"""Merged tensors as something to be written: made block by block when their turn comes, within a bound of memory."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h3scale.checkpoint.extents import Computed, Stored
+from h3scale.config.merge import Options, Ties
+from h3scale.fusion.parents import Changes, Parents, Streamed
+from h3scale.merge.delta import LowRank, Site, dense
+from h3scale.merge.registry import METHODS, merged_delta
+
+LEAST_BYTES = 512 << 20
+_TENSORS = 4  # of the largest tensor's size: what whole matrices may take together
+_BYTES_PER_VALUE = 24  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
+_BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
+Rows = Callable[[int, int], Tensor]  # fp32 rows of a merged tensor
+
+
+class Budget:
+    """Bytes that several threads may hold together; one that wants more than all of them gets its turn alone."""
+
+    def __init__(self, num_bytes: int):
+        self.num_bytes, self.held = num_bytes, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, num_bytes: int) -> Iterator[None]:
+        """Waits for room, then has it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.held or self.held + num_bytes <= self.num_bytes)
+            self.held += num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.held -= num_bytes
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Merger:
+    """A method on given parents. `names`: the tensors that are merged, which `scope: model` looks at together."""
+
+    parents: Parents
+    method: str
+    options: Options
+    names: tuple[str, ...]
+    embeddings: tuple[str, ...] = ()
+
+    def source(self, name: str, dtype: torch.dtype) -> Stored | Computed:
+        """What a merged tensor is made of: the base's own bytes where nothing changes."""
+        stored = self.parents.stored_base[name]
+        if self.options.scaling == 0 or not self.parents.is_changed(name):
+            return stored
+        return Merged(stored.shape, dtype, self.parents.inputs(name), partial(self.rows_of, name), merger=self, name=name)
+
+    def rows_of(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a merged tensor, fp32 on the CPU, made for these alone."""
+        with self.made(name) as rows:
+            return rows(start, stop)
+
+    @contextmanager
+    def made(self, name: str) -> Iterator[Rows]:
+        """Within, rows of the tensor can be asked for; what all of them need has been found out."""
+        if self._is_whole(name):
+            with self.budget.hold(self._num_bytes(name)):
+                yield self._whole(name)
+        else:
+            yield partial(self._rows, name, self._facts(name))
+
+    def prepare(self) -> None:
+        """Finds out what is to be known of all tensors together, before threads ask for it."""
+        _ = self.budget, self._model_facts
+
+    @cached_property
+    def budget(self) -> Budget:
+        stored = [self.parents.stored_base[name] for name in self.names]
+        largest = max((each.numel * each.dtype.itemsize for each in stored), default=0)
+        return Budget(max(LEAST_BYTES, _TENSORS * largest))
+
+    def _is_whole(self, name: str) -> bool:
+        method, shape = METHODS[self.method], self.parents.stored_base[name].shape
+        return method.on_matrices and method.takes(shape, self.options, name in self.embeddings)
+
+    def _num_bytes(self, name: str) -> int:
+        shape = self.parents.stored_base[name].shape
+        side = shape[-1] if self.method == "wudi" else min(shape)
+        return _BYTES_PER_VALUE * prod(shape) + _BYTES_PER_SQUARE * side * side
+
+    def _whole(self, name: str) -> Rows:
+        stored = self.parents.stored_base[name]
+        like = torch.empty(stored.shape, device="meta")  # methods on matrices look at changes only
+        change = merged_delta(self.method, like, Changes(self.parents, name), self.options, self._site(name, None))
+
+        def rows(start: int, stop: int) -> Tensor:
+            part = change.rows(start, stop) if isinstance(change, LowRank) else change[start:stop]
+            return (self.parents.base_rows(name, start, stop) + part).cpu()
+
+        return rows
+
+    def _rows(self, name: str, facts: Any, start: int, stop: int) -> Tensor:
+        base = self.parents.base_rows(name, start, stop)
+        deltas = [self.parents.delta_rows(model, name, start, base) for model in range(len(self.parents.labels))]
+        first = start * prod(self.parents.stored_base[name].shape[1:])
+        site = self._site(name, facts, first)
+        return base.add_(dense(merged_delta(self.method, base, deltas, self.options, site, name in self.embeddings))).cpu()
+
+    def _site(self, name: str, facts: Any, start: int = 0) -> Site:
+        return Site(name, self.parents.labels, start, facts)
+
+    def _facts(self, name: str) -> Any:
+        if self._model_facts is not None:
+            return self._model_facts
+        return self._surveyed((name,))
+
+    @cached_property
+    def _model_facts(self) -> Any:
+        is_wide = isinstance(self.options, Ties) and self.options.scope == "model"
+        return self._surveyed(self.names) if is_wide else None
+
+    def _surveyed(self, names: Sequence[str]) -> Any:
+        survey = METHODS[self.method].survey
+        weights = self.options.weights_of(len(self.parents.labels))
+        return survey(Streamed(self.parents, tuple(names)), self.options, weights) if survey else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Computed):
+    """A merged tensor. DataError (65) from `blocks` for values that are not finite."""
+
+    merger: Merger
+    name: str
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All rows in the blocks of the work, so that what is found out about the whole is found out once."""
+        with self.merger.made(self.name) as rows:
+            for start, stop in self.merger.parents.spans(self.name):
+                block = rows(start, stop).to(self.dtype)
+                if not block.isfinite().all():
+                    raise self.merger.parents.not_finite(self.name)
+                yield block

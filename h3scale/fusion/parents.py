@@ -1,0 +1,153 @@
+"""The parents of a merge as changes of their base: read row by row from where they lie, in fp32, on the device of the work."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from h3scale.checkpoint.extents import Stored
+from h3scale.checkpoint.folder_extents import stored_tensors
+from h3scale.errors import DataError
+from h3scale.fusion.sources import AdapterSource, DenseSource, Source
+from h3scale.merge.delta import BLOCK_VALUES, Delta, LowRank, Pair
+
+
+@dataclass(frozen=True)
+class Parents:
+    """A base and what was made of it, by label in the order of the weights."""
+
+    base: DenseSource
+    models: Mapping[str, Source]
+    device: torch.device
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.models)
+
+    @cached_property
+    def stored(self) -> list[dict[str, Stored]]:
+        """Of every model the tensors of its own folder; of an adapter none."""
+        return [stored_tensors(m.folder) if isinstance(m, DenseSource) else {} for m in self.models.values()]
+
+    @cached_property
+    def stored_base(self) -> dict[str, Stored]:
+        return stored_tensors(self.base.folder)
+
+    def inputs(self, name: str) -> dict[str, Stored]:
+        """What lies in files of one tensor, by label."""
+        found = {label: own[name] for label, own in zip(self.labels, self.stored, strict=True) if name in own}
+        return {"base": self.stored_base[name]} | found
+
+    def is_changed(self, name: str) -> bool:
+        """Whether any parent may have another tensor than the base."""
+        return any(not isinstance(m, AdapterSource) or m.changed([name]) for m in self.models.values())
+
+    def spans(self, name: str) -> Iterator[tuple[int, int]]:
+        """First row and last row after it of every block; always the same ones. A vector is one block."""
+        shape = self.stored_base[name].shape
+        if len(shape) < 2:
+            yield 0, shape[0] if shape else 1
+            return
+        step = max(1, BLOCK_VALUES // prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            yield start, min(start + step, shape[0])
+
+    def base_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._rows(self.stored_base[name], start, stop)
+
+    def delta_rows(self, model: int, name: str, start: int, base_rows: Tensor) -> Tensor:
+        """Rows of a model less those of the base, from `start` on."""
+        own = self.stored[model].get(name)
+        if own is not None:
+            return self._rows(own, start, start + len(base_rows) if base_rows.dim() else 1).sub_(base_rows)
+        change = self.delta(model, name)
+        return change.rows(start, start + len(base_rows)) if isinstance(change, LowRank) else change
+
+    def delta(self, model: int, name: str) -> Delta:
+        """The whole change: of a LoRA adapter its factors, of none where it leaves a matrix as it is.
+
+        DataError (65) for values that are not finite.
+        """
+        source = self.models[self.labels[model]]
+        if isinstance(source, AdapterSource):
+            return self._of_adapter(source, name)
+        values = self._whole(self.stored[model][name]).sub_(self._whole(self.stored_base[name]))
+        if not values.isfinite().all():
+            raise self.not_finite(name)
+        return values
+
+    def not_finite(self, name: str) -> DataError:
+        """What to say of a merged tensor that has values which are not finite: the parents to blame, else the format."""
+        blamed = [source.path for source in (self.base, *self.models.values()) if not source.tensor(name).isfinite().all()]
+        if not blamed:
+            return DataError(f"{name}: merged values are too large for the number format (works: --dtype float32)")
+        return DataError([f"{path}: {name} has values that are not finite (NaN or infinite)" for path in blamed])
+
+    def _of_adapter(self, source: AdapterSource, name: str) -> Delta:
+        shape = self.stored_base[name].shape
+        if not source.changed([name]):
+            if len(shape) != 2:
+                return torch.zeros(shape, device=self.device)
+            return LowRank(torch.zeros(shape[0], 0, device=self.device), torch.zeros(0, shape[1], device=self.device))
+        left_OR, right_RI = source.factors(name)
+        return LowRank(left_OR.to(self.device), right_RI.to(self.device))
+
+    def _rows(self, stored: Stored, start: int, stop: int) -> Tensor:
+        rows = stored.rows(start, stop) if stored.shape else stored
+        return self._whole(rows)
+
+    def _whole(self, stored: Stored) -> Tensor:
+        values = stored.values()
+        return values.to(self.device).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Changes(Sequence[Delta]):
+    """The change of one tensor by every model, read anew each time it is asked for: one is in memory at a time."""
+
+    parents: Parents
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.parents.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Delta: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Delta]: ...
+    def __getitem__(self, index: int | slice) -> Delta | list[Delta]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.parents.delta(index, self.name)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Tensors of the parents one after another, in blocks (see merge.delta.Blocks)."""
+
+    parents: Parents
+    names: tuple[str, ...]
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(self.parents.stored_base[name].numel for name in self.names)
+
+    def delta(self, model: int) -> Iterator[Tensor]:
+        """The change by one model."""
+        for name, start, stop in self._spans():
+            yield self.parents.delta_rows(model, name, start, self.parents.base_rows(name, start, stop))
+
+    def pairs(self) -> Iterator[Pair]:
+        """The base, and the changes by all models."""
+        for name, start, stop in self._spans():
+            base = self.parents.base_rows(name, start, stop)
+            yield base, [self.parents.delta_rows(model, name, start, base) for model in range(len(self.parents.labels))]
+
+    def _spans(self) -> Iterator[tuple[str, int, int]]:
+        return ((name, start, stop) for name in self.names for start, stop in self.parents.spans(name))

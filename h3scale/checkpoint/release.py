@@ -28,6 +28,7 @@ from h3scale.model.experts import ExpertMap
 _LOCAL_KEYS = ("auto_map", "_name_or_path")  # remote code, and paths of the machine it was made on
 _HEALED = ("remote-code", "pickles")  # findings of verify on what a release leaves out
 _PAPER = "2411.17792"
+MERGE = "merge.json"  # what `h3scale merge` leaves beside the weights
 
 
 def release(
@@ -54,6 +55,7 @@ def release(
     for warning in report.warnings:
         logger.warning("warning: %s", warning)
     source = ModelFolder(model_folder)
+    merged = read_json(source.path / MERGE) if (source.path / MERGE).is_file() else None
     with new_folder(target, force) as folder:
         for file in sorted(set(source.files.values())):
             shutil.copyfile(source.path / file, folder / file)
@@ -64,7 +66,7 @@ def release(
             if (source.path / file).is_file():
                 values = read_json(source.path / file)
                 write_json(folder / file, {key: value for key, value in values.items() if key not in _LOCAL_KEYS})
-        card = model_card(source.config, Path(target).name, license, base_model, scores, _conversation(source.path))
+        card = model_card(source.config, Path(target).name, license, base_model, scores, _conversation(source.path), merged)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_sums(folder)
     return Path(target)
@@ -77,10 +79,11 @@ def model_card(
     base_model: str | list[str] | None,
     scores: dict[str, Any] | None,
     conversation: str | None = None,
+    merged: dict[str, Any] | None = None,
 ) -> str:
-    """The model card: metadata for the hub, then what the model is, how to load it, its experts and its scores.
+    """The model card: metadata for the hub, then what the model is, how to load it, its experts or its merge, and its scores.
 
-    `conversation`: a short one as the chat template writes it, by which others can see that theirs is the same.
+    `conversation`: a short one as the chat template writes it, by which others can see that theirs is the same. `merged`: merge.json.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -90,7 +93,7 @@ def model_card(
         base_model=base_model,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*(["merge", "moe"] if is_moe else []), config["model_type"], "h3fusion"],
+        tags=[*(["merge", "moe"] if is_moe else ["merge"] if merged else []), config["model_type"], "h3fusion"],
     )
     parts = [
         f"# {name}",
@@ -100,6 +103,7 @@ def model_card(
         _expert_table(experts),
         _score_table(scores),
         _SOURCE if is_moe else "",
+        _merge_section(merged),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
@@ -157,6 +161,22 @@ def _expert_table(experts: ExpertMap | None) -> str:
         return ""
     rows = [f"| {i} | {name} | {experts.experts[i] or 'none (general)'} |" for i, name in enumerate(experts.names())]
     return "\n".join(["## Experts", "", "| expert | name | alignment |", "|---:|---|---|", *rows])
+
+
+def _merge_section(merged: dict[str, Any] | None) -> str:
+    """How the weights were merged, from merge.json: method, options, parents by name with the sha256 of their weights."""
+    if merged is None:
+        return ""
+    paper = f" ([arXiv:{merged['paper']}](https://arxiv.org/abs/{merged['paper']}))" if merged["paper"] else ""
+    options = ", ".join(f"{key} {value}" for key, value in merged["options"].items())
+    parents = {"base": {"kind": "base", "weight": "", **merged["base"]}, **merged["models"]}
+    rows = [f"| {label} | {each['kind']} | {each['weight']} | {_sums(each['files'])} |" for label, each in parents.items()]
+    head = ["| model | kind | weight | sha256 of its weights |", "|---|---|---:|---|"]
+    return "\n".join(["## Merge", "", f"{merged['title']}{paper} of dense models: {options}.", "", *head, *rows])
+
+
+def _sums(files: dict[str, str] | None) -> str:
+    return ", ".join(f"`{digest}`" for name, digest in (files or {}).items() if name.endswith(".safetensors")) or "not taken"
 
 
 def _score_table(scores: dict[str, Any] | None) -> str:

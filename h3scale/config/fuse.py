@@ -1,10 +1,11 @@
 """The recipe of `h3scale fuse`: a base, aligned models, and how the router starts."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from h3scale.config.data import SourceList
+from h3scale.config.merge import OPTIONS, Options, first_message
 from h3scale.config.recipe import DenseFamily
 from h3scale.config.strict import Strict
 
@@ -70,11 +71,13 @@ class FuseRecipe(Strict):
         "the order of labels and of experts."
     )
     out: str = Field(description="Folder that is made.")
-    shared: Literal["base", "average"] = Field(
+    shared: str = Field(
         "base",
         description="Where attention, norms and embeddings come from. base is exact for models whose attention was frozen "
-        "(an expert alone then equals its aligned model); average (of the aligned models) is for models tuned as a whole.",
+        "(an expert alone then equals its aligned model); average (of the aligned models) is for models tuned as a whole, and so "
+        "is any merging method (docs/merge.md).",
     )
+    merge: dict[str, Any] = Field(default={}, description="Options of the method that `shared` names, as in a merge recipe.")
     experts_per_alignment: int = Field(
         1,
         ge=1,
@@ -102,6 +105,30 @@ class FuseRecipe(Strict):
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: {self.top_k} of {self.num_experts} experts (works: 1 to {self.num_experts})")
         return self
+
+    @model_validator(mode="after")
+    def _shared_fits(self) -> "FuseRecipe":
+        if self.shared not in ("base", "average", *OPTIONS):
+            raise ValueError(f"shared: '{self.shared}' (works: base, average, {', '.join(OPTIONS)})")
+        if self.merge and self.shared not in OPTIONS:
+            raise ValueError(f"merge: is for a method that shared names, and shared is {self.shared}")
+        if self.shared == "slerp" and len(self.models) > 2:
+            raise ValueError(f"shared: slerp takes two models, and there are {len(self.models)}")
+        if self.shared in OPTIONS:
+            self._check_weights(self.shared_options)
+        return self
+
+    def _check_weights(self, options: Options) -> None:
+        if options.weights is not None and len(options.weights) != len(self.models):
+            raise ValueError(f"merge.weights: {len(options.weights)} for {len(self.models)} models (works: one each)")
+
+    @property
+    def shared_options(self) -> Options:
+        """The options of the merging method that `shared` names."""
+        try:
+            return OPTIONS[self.shared].model_validate(self.merge)
+        except ValidationError as error:
+            raise ValueError(f"merge.{first_message(error)}") from None
 
     @property
     def num_experts(self) -> int:

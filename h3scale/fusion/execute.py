@@ -17,10 +17,12 @@ from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.records import Record, split_by_instruction
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError
+from h3scale.fusion.merged import Merger
+from h3scale.fusion.parents import Parents
 from h3scale.fusion.plan import Plan, PlannedTensor, make_plan
 from h3scale.fusion.router_init import cut, fit_router, random_rows, router_accuracy, set_routers
-from h3scale.fusion.sources import Source, keep_inputs, open_sources
-from h3scale.model.names import MOE
+from h3scale.fusion.sources import DenseSource, Source, keep_inputs, open_sources
+from h3scale.model.names import EMBEDDINGS, MOE
 from h3scale.model.start import load_model, load_tokenizer
 
 REPORT = "fuse_report.json"
@@ -82,7 +84,8 @@ def fuse(recipe: FuseRecipe, force: bool = False, show: Callable[[Plan], None] |
     with new_folder(out, force) as folder:
         sources: dict[str, Source] = {"base": base, **models}
         specs = [planned.spec for planned in plan.tensors]
-        write_model(folder, plan.config, specs, lambda name: _produce(plan.by_name[name], sources), what="fuse")
+        merger = _merger(recipe, plan, base, models)
+        write_model(folder, plan.config, specs, lambda name: _produce(plan.by_name[name], sources, merger), what="fuse")
         if plan.tokenizer is not None:
             copy_tokenizer(plan.tokenizer, folder)
         if (base.path / "generation_config.json").is_file():
@@ -92,8 +95,18 @@ def fuse(recipe: FuseRecipe, force: bool = False, show: Callable[[Plan], None] |
     return Summary(out, plan, report)
 
 
-def _produce(planned: PlannedTensor, sources: Mapping[str, Source]) -> torch.Tensor:
+def _merger(recipe: FuseRecipe, plan: Plan, base: DenseSource, models: Mapping[str, Source]) -> Merger | None:
+    """What merges the shared tensors, where `shared` is a method."""
+    names = tuple(planned.source_name for planned in plan.tensors if planned.action == "merge")
+    if not names:
+        return None
+    return Merger(Parents(base, models, torch.device("cpu")), recipe.shared, recipe.shared_options, names, EMBEDDINGS)
+
+
+def _produce(planned: PlannedTensor, sources: Mapping[str, Source], merger: Merger | None) -> torch.Tensor:
     spec = planned.spec
+    if planned.action == "merge" and merger is not None:
+        return merger.source(planned.source_name, spec.dtype).values()
     if planned.action == "router":
         return torch.zeros(spec.shape, dtype=spec.dtype)  # start_router writes it
     tensors = (sources[label].tensor(planned.source_name) for label in planned.sources)
@@ -189,5 +202,6 @@ def _report(plan: Plan, router: RouterReport, records: StartRecords) -> dict[str
     return {
         "experts": plan.expert_map.names(),
         "num_parameters": plan.num_parameters,
+        "shared": plan.shared,
         "router": {**asdict(router), "records": counts},
     }

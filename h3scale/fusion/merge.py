@@ -17,6 +17,7 @@ from h3scale.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from h3scale.checkpoint.journal import Work, check_space, resumed_folder
 from h3scale.checkpoint.model_writer import MAX_SHARD_BYTES, MAX_WORKERS
 from h3scale.checkpoint.receipt import RECEIPT, make_receipt, sha256
+from h3scale.checkpoint.release import MERGE
 from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
 from h3scale.checkpoint.shards import GENERATION, check_output, copy_tokenizer, write_descriptions, write_json
 from h3scale.checkpoint.stream import Hashes, Output, Piece, Writer
@@ -40,7 +41,6 @@ from h3scale.log import progress
 from h3scale.merge.registry import METHODS
 from h3scale.model.names import EMBEDDINGS
 
-PROVENANCE = "merge.json"
 _UNTOLD = ("torch_dtype", "auto_map", "_name_or_path")  # of the base's config.json
 
 
@@ -135,7 +135,7 @@ def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How |
         hashes = _write_shards(work, shards, outputs, how)
         write_descriptions(work.folder, plan.config, shards)
         _copy_extras(plan, work.folder)
-        write_json(work.folder / PROVENANCE, provenance(plan, how))
+        write_json(work.folder / MERGE, provenance(plan, how))
         write_json(work.folder / RECEIPT, make_receipt(work.folder, _about(plan), shards, outputs, hashes))
     return MergeSummary(out, plan, sum(shard.num_bytes for shard in shards), time.monotonic() - start)
 
@@ -243,7 +243,7 @@ def _about(plan: MergePlan) -> dict[str, Any]:
     return {
         "source": str(plan.parents.base.path),
         "model": ".",
-        "kind": f"merge by {plan.recipe.method}, see {PROVENANCE}",
+        "kind": f"merge by {plan.recipe.method}, see {MERGE}",
         "step": None,
         "dtype": plan.config["dtype"],
         "only": None,

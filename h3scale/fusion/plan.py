@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from h3scale.checkpoint.shards import TensorSpec
 from h3scale.config.fuse import FuseRecipe
+from h3scale.config.merge import OPTIONS
 from h3scale.errors import DataError, MissingInputError
 from h3scale.fusion.compatible import (
     base_warnings,
@@ -28,7 +29,7 @@ from h3scale.model.families import moe_config
 from h3scale.model.names import DENSE_FFN, MOE
 from h3scale.topology import divisors
 
-Action = Literal["copy", "average", "expert", "router"]
+Action = Literal["copy", "average", "merge", "expert", "router"]
 
 # transformers writes these into every config; they say nothing about the fused model.
 _UNTOLD = (
@@ -71,7 +72,8 @@ class Row:
 class Plan:
     """All output tensors in the order they are written (routers last), the config, and what a person should know first.
 
-    `sources` says what each label stands for; `tokenizer` is the folder that it is copied from.
+    `sources` says what each label stands for; `tokenizer` is the folder that it is copied from; `shared` how what is no expert was
+    made, with all options.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -80,6 +82,7 @@ class Plan:
     sources: dict[str, str]
     tokenizer: Path | None
     warnings: tuple[str, ...]
+    shared: dict[str, Any]
 
     @cached_property
     def by_name(self) -> dict[str, PlannedTensor]:
@@ -169,11 +172,13 @@ def make_plan(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecip
         sources={source.label: f"{source.kind} {source.path}" for source in (base, *models.values())},
         tokenizer=_tokenizer(base, models, recipe),
         warnings=tuple(warnings),
+        shared={"method": recipe.shared, **(recipe.shared_options.model_dump() if recipe.shared in OPTIONS else {})},
     )
 
 
 def _shared(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecipe, names: list[str]) -> list[PlannedTensor]:
-    action: Action = "copy" if recipe.shared == "base" else "average"
+    actions: dict[str, Action] = {"base": "copy", "average": "average"}
+    action = actions.get(recipe.shared, "merge")
     sources = ("base",) if recipe.shared == "base" else tuple(models)
     return [PlannedTensor(base.specs[name], action, sources, name) for name in names]
 

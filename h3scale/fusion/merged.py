@@ -1,5 +1,6 @@
 """Merged tensors as something to be written: made block by block when their turn comes, within a bound of memory."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,6 +145,11 @@ class Merged(Computed):
         with self.merger.made(self.name) as rows:
             for start, stop in self.merger.parents.spans(self.name):
                 block = rows(start, stop).to(self.dtype)
-                if not block.isfinite().all():
+                if not _is_finite(block):
                     raise self.merger.parents.not_finite(self.name)
                 yield block
+
+
+def _is_finite(block: Tensor) -> bool:
+    """Whether all values are; by their sum, which one that is not would spoil, and only then by each."""
+    return math.isfinite(float(block.sum(dtype=torch.float32))) or bool(block.isfinite().all())

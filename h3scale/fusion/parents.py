@@ -1,9 +1,11 @@
 """The parents of a merge as changes of their base: read row by row from where they lie, in fp32, on the device of the work."""
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import overload
 
 import torch
@@ -101,8 +103,22 @@ class Parents:
         return self._whole(rows)
 
     def _whole(self, stored: Stored) -> Tensor:
-        values = stored.values()
-        return values.to(self.device).to(torch.float32)
+        """A new fp32 tensor of what lies in a mapped file: only its own conversion touches the values."""
+        [extent] = stored.extents or [None]
+        if extent is None or extent.num_bytes == 0:
+            return torch.empty(stored.shape, device=self.device)
+        values = torch.frombuffer(self._map(extent.path), dtype=stored.dtype, count=stored.numel, offset=extent.offset)
+        return values.view(stored.shape).to(device=self.device, dtype=torch.float32, copy=True)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._maps[path]
+
+    @cached_property
+    def _maps(self) -> dict[Path, mmap.mmap]:
+        return {}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from h3scale.config.merge import Breadcrumbs
 from h3scale.merge.delta import Blocks, Delta, Site, Whole, dense, weighted_sum
 from h3scale.merge.select import largest
+from h3scale.merge.ties import trimmed
 
 Range = tuple[float, float]
 
@@ -35,6 +37,5 @@ def breadcrumbs(base_X: Tensor, deltas: Sequence[Delta], weights: Sequence[float
     kept = []
     for delta, (least, most) in zip(deltas, ranges, strict=True):
         values_X = dense(delta)
-        sizes_X = values_X.abs()
-        kept.append(values_X * ((sizes_X >= least) & (sizes_X <= most)))
+        kept.append(trimmed(values_X, least) - hardshrink(values_X, most))
     return weighted_sum(kept, weights)

@@ -19,8 +19,8 @@ def dropped(deltas: Sequence[Delta], options: Dare | DareTies, site: Site) -> li
     for model, delta in enumerate(deltas):
         values_X = dense(delta)
         drawn_X = chances(values_X.numel(), options.seed, site.name, site.model(model), site.start)
-        kept_X = (drawn_X < options.density).view(values_X.shape).to(values_X.device)
-        left.append(values_X * kept_X / options.density)
+        kept_X = (drawn_X < options.density).to(values_X).view(values_X.shape)
+        left.append(kept_X.mul_(values_X).div_(options.density))
     return left
 
 

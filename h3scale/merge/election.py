@@ -22,4 +22,4 @@ def agreeing_mean(deltas_MX: Sequence[Tensor], weights: Sequence[float]) -> Tens
         along_X = (delta_X * sign_X).clamp_min_(0)
         total_X += along_X
         share_X.add_(along_X.sign_(), alpha=weight)
-    return total_X.mul_(sign_X).div_(share_X.masked_fill_(share_X == 0, 1))
+    return total_X.mul_(sign_X).div_(share_X.clamp_min_(torch.finfo(share_X.dtype).tiny))  # 0 where nothing is left

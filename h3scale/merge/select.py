@@ -25,8 +25,9 @@ def largest(blocks: Callable[[], Iterator[Tensor]], numel: int, count: int, held
     values = np.empty(numel, dtype=np.float32)
     done = 0
     for block in blocks():
-        values[done : done + block.numel()] = block.abs().reshape(-1).cpu().numpy()
+        values[done : done + block.numel()] = block.reshape(-1).cpu().numpy()
         done += block.numel()
+    np.abs(values, out=values)
     values.partition(numel - count)
     return float(values[numel - count])
 

@@ -1,6 +1,5 @@
 """Merged tensors as something to be written: made block by block when their turn comes, within a bound of memory."""
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from h3scale.checkpoint.extents import Computed, Stored
 from h3scale.config.merge import Options, Ties
-from h3scale.fusion.parents import Changes, Parents, Streamed
+from h3scale.fusion.parents import Changes, Parents, Streamed, is_finite
 from h3scale.merge.delta import LowRank, Site, dense
 from h3scale.merge.registry import METHODS, merged_delta
 
 LEAST_BYTES = 512 << 20
 _TENSORS = 4  # of the largest tensor's size: what whole matrices may take together
-_BYTES_PER_VALUE = 24  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
+_BYTES_PER_VALUE = 16  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
 _BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
 Rows = Callable[[int, int], Tensor]  # fp32 rows of a merged tensor
 
@@ -145,11 +144,6 @@ class Merged(Computed):
         with self.merger.made(self.name) as rows:
             for start, stop in self.merger.parents.spans(self.name):
                 block = rows(start, stop).to(self.dtype)
-                if not _is_finite(block):
+                if not is_finite(block):
                     raise self.merger.parents.not_finite(self.name)
                 yield block
-
-
-def _is_finite(block: Tensor) -> bool:
-    """Whether all values are; by their sum, which one that is not would spoil, and only then by each."""
-    return math.isfinite(float(block.sum(dtype=torch.float32))) or bool(block.isfinite().all())

@@ -1,10 +1,10 @@
 """The parents of a merge as changes of their base: read row by row from where they lie, in fp32, on the device of the work."""
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import overload
 
@@ -54,7 +54,7 @@ class Parents:
         if len(shape) < 2:
             yield 0, shape[0] if shape else 1
             return
-        step = max(1, BLOCK_VALUES // prod(shape[1:]))
+        step = max(1, BLOCK_VALUES // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             yield start, min(start + step, shape[0])
 
@@ -77,9 +77,12 @@ class Parents:
         source = self.models[self.labels[model]]
         if isinstance(source, AdapterSource):
             return self._of_adapter(source, name)
-        values = self._whole(self.stored[model][name]).sub_(self._whole(self.stored_base[name]))
-        if not values.isfinite().all():
-            raise self.not_finite(name)
+        values = self._whole(self.stored[model][name])
+        for start, stop in self.spans(name):
+            rows = values[start:stop] if values.dim() else values
+            rows.sub_(self.base_rows(name, start, stop))
+            if not is_finite(rows):
+                raise self.not_finite(name)
         return values
 
     def not_finite(self, name: str) -> DataError:
@@ -119,6 +122,11 @@ class Parents:
     @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:
         return {}
+
+
+def is_finite(block: Tensor) -> bool:
+    """Whether all values are; by their sum, which one that is not would spoil, and only then by each."""
+    return math.isfinite(float(block.sum(dtype=torch.float32))) or bool(block.isfinite().all())
 
 
 @dataclass(frozen=True)

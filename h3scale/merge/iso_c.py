@@ -18,4 +18,4 @@ def iso_c(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], op
     total = weighted_sum(deltas, weights)
     found = top_triplets(total, largest_rank(total))
     mean = found.values_K.sum() / max(len(found.values_K), 1)
-    return product(found.left_OK * mean, found.right_IK)
+    return product([found.left_OK * mean], [found.right_IK])

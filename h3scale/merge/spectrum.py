@@ -13,7 +13,7 @@ from torch import Tensor
 from h3scale.merge.delta import Delta, LowRank
 
 CHUNK = 1024  # columns of the longer side that are worked on in fp64 at a time
-FP64_VALUES = 1 << 26  # singular vectors of the longer side with more values than this are kept in fp32
+LONG = 4  # singular vectors so many times longer than there are of them are far from dependent, and kept in fp32
 NULL = 1e-12  # a share of the largest eigenvalue: directions below it are noise of fp64
 
 
@@ -42,10 +42,8 @@ def top_triplets(delta: Delta, count: int) -> Triplets:
     is_tall = delta.shape[0] > delta.shape[1]
     matrix_SL = delta.T if is_tall else delta
     values_K, short_SK = _short_side(gram(matrix_SL), count)
-    numel = matrix_SL.shape[1] * len(values_K)
-    long_LK = torch.empty(
-        matrix_SL.shape[1], len(values_K), dtype=torch.float64 if numel <= FP64_VALUES else torch.float32, device=delta.device
-    )
+    size, dtype = matrix_SL.shape[1], torch.float64 if matrix_SL.shape[1] <= LONG * matrix_SL.shape[0] else torch.float32
+    long_LK = torch.empty(size, len(values_K), dtype=dtype, device=delta.device)
     unscaled_SK = short_SK / values_K
     for columns in _chunks(matrix_SL.shape[1]):
         long_LK[columns] = (matrix_SL[:, columns].double().T @ unscaled_SK).to(long_LK.dtype)
@@ -68,27 +66,28 @@ def orthogonal_together(parts: Sequence[Triplets], values_K: Tensor | None = Non
     (C's eigenvalue is 0, as with two equal models) are left out of U'; the published codes fill them with whatever vectors
     their SVD returns. `values_K` takes the place of the parts' own. fp32; factors when those are smaller than the matrix.
     """
-    left_OK, right_IK = _side_by_side([p.left_OK for p in parts]), _side_by_side([p.right_IK for p in parts])
+    lefts, rights = [part.left_OK for part in parts], [part.right_IK for part in parts]
     values_K = torch.cat([part.values_K for part in parts]) if values_K is None else values_K
-    core_KK = _inverse_root(gram(left_OK.T)) * values_K @ _inverse_root(gram(right_IK.T))
-    if left_OK.shape[0] <= right_IK.shape[0]:
-        return product(left_OK.double() @ core_KK, right_IK)
-    return product(left_OK, right_IK.double() @ core_KK.T)
+    core_KK = _inverse_root(_gram_of_columns(lefts)) * values_K @ _inverse_root(_gram_of_columns(rights))
+    if lefts[0].shape[0] <= rights[0].shape[0]:
+        return product([_rows(lefts) @ core_KK], rights)
+    return product(lefts, [_rows(rights) @ core_KK.T])
 
 
-def product(left_OK: Tensor, right_IK: Tensor) -> Delta:
-    """left right^T in fp32; as factors when those are smaller."""
-    (rows, rank), columns = left_OK.shape, right_IK.shape[0]
+def product(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Delta:
+    """left right^T in fp32, of columns side by side; as factors when those are smaller. The longer side is never put together."""
+    rows, columns, rank = lefts[0].shape[0], rights[0].shape[0], sum(right.shape[1] for right in rights)
     if rank * (rows + columns) < rows * columns:
-        return LowRank(left_OK.float(), right_IK.T.float())
-    merged_OI = torch.empty(rows, columns, dtype=torch.float32, device=left_OK.device)
+        return LowRank(_rows(lefts).float(), _rows(rights).T.float())
+    merged_OI = torch.empty(rows, columns, dtype=torch.float32, device=lefts[0].device)
     if rows <= columns:
+        left_OK = _rows(lefts)
         for part in _chunks(columns):
-            merged_OI[:, part] = (left_OK.double() @ right_IK[part].double().T).float()
+            merged_OI[:, part] = (left_OK @ _rows(rights, part).T).float()
     else:
-        right_KI = right_IK.double().T
+        right_KI = _rows(rights).T
         for part in _chunks(rows):
-            merged_OI[part] = (left_OK[part].double() @ right_KI).float()
+            merged_OI[part] = (_rows(lefts, part) @ right_KI).float()
     return merged_OI
 
 
@@ -123,9 +122,19 @@ def _inverse_root(gram_KK: Tensor) -> Tensor:
     return vectors_KK * roots_K @ vectors_KK.T
 
 
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    dtype = torch.float64 if all(part.dtype == torch.float64 for part in parts) else torch.float32
-    return torch.cat([part.to(dtype) for part in parts], dim=1)
+def _gram_of_columns(parts: Sequence[Tensor]) -> Tensor:
+    """U^T U in fp64, of columns side by side."""
+    rank = sum(part.shape[1] for part in parts)
+    total_KK = torch.zeros(rank, rank, dtype=torch.float64, device=parts[0].device)
+    for rows in _chunks(parts[0].shape[0]):
+        part_CK = _rows(parts, rows)
+        total_KK.addmm_(part_CK.T, part_CK)
+    return total_KK
+
+
+def _rows(parts: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
+    """Rows of columns side by side, fp64."""
+    return torch.cat([part[rows].double() for part in parts], dim=1)
 
 
 def _chunks(size: int) -> Iterator[slice]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from h3scale.config.base import load_recipe
+from h3scale.config.base import load_recipe, load_yaml
 from h3scale.config.fuse import FuseRecipe
+from h3scale.config.merge import load_merge
 from h3scale.config.recipe import TokenizerRecipe, TrainRecipe
 from h3scale.study.demo import ALIGNMENTS, Demo
 
@@ -29,6 +30,7 @@ VERBS = [
     "align",
     "launch",
     "fuse",
+    "merge",
     "evaluate",
     "generate",
     "report",
@@ -43,7 +45,10 @@ def h3scale(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
-    assert load_recipe(SCHEMAS.get(path.stem, TrainRecipe), path)
+    if "method" in load_yaml(path):
+        assert load_merge(path, {}, [])[0].models
+    else:
+        assert load_recipe(SCHEMAS.get(path.stem, TrainRecipe), path)
 
 
 @pytest.mark.parametrize("folder", ["demo", "demo-quick", "demo-data"])
@@ -105,6 +110,9 @@ def test_help_answers_at_once_and_without_torch() -> None:
         (["launch", "recipes/demo/train.yaml", "--nodes", "3"], 78, "3 nodes x 2 ranks x rows_per_micro_batch = "),
         (["launch", "recipes/demo/train.yaml", "--hostfile", "hosts"], 2, "--hostfile: no machines are known"),
         (["launch", "recipes/demo/train.yaml", "--submit", "--print"], 2, "--submit: excludes --print"),
+        (["merge"], 2, "merge: no models (works: MODEL MODEL --base BASE --method NAME --out DIR, or --recipe FILE)"),
+        (["merge", "a", "a", "--base", "b", "--method", "ties", "--out", "o"], 78, "models.a-2: a is given twice, as a-1 too"),
+        (["merge", "a", "b", "--base", "c", "--method", "ties", "--out", "o", "density=2"], 78, "density: 2: Input should be less"),
         (["nonsense"], 2, "No such command"),
     ],
 )

@@ -245,12 +245,16 @@ class MergeRecipe(Strict):
 
 
 def named(folders: list[str]) -> dict[str, str]:
-    """Folders by their last names, or by as much of their paths as tells them apart; the same folder twice stays twice."""
-    names = [Path(folder).resolve().name for folder in folders]
-    if len(set(names)) == len(names):
-        return dict(zip(names, folders, strict=True))
-    counted = [f"{name}-{names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
-    return dict(zip(counted, folders, strict=True))
+    """Folders by the last parts of their paths, as many as tell them apart, so that their order does not change a name."""
+    paths = [Path(folder).resolve() for folder in folders]
+    for count in range(1, max(len(path.parts) for path in paths) + 1 if paths else 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    else:
+        names = [str(path) for path in paths]
+    twice = [f"{name} (again)" if name in names[:i] else name for i, name in enumerate(names)]  # refused later, by its name
+    return dict(zip(twice, folders, strict=True))
 
 
 def load_merge(path: str | Path | None, values: dict[str, Any], overrides: list[str]) -> tuple[MergeRecipe, Options]:

@@ -16,11 +16,13 @@ from h3scale.config.merge import Options, Ties
 from h3scale.fusion.parents import Changes, Parents, Streamed, is_finite
 from h3scale.merge.delta import LowRank, Site, dense
 from h3scale.merge.registry import METHODS, merged_delta
+from h3scale.merge.select import HELD
 
-LEAST_BYTES = 512 << 20
-_TENSORS = 4  # of the largest tensor's size: what whole matrices may take together
+MOST_BYTES = 512 << 20  # that thresholds of tensors may take together
+_TENSORS = 4  # of the largest tensor's size: what whole matrices may take together, if that is more
 _BYTES_PER_VALUE = 16  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
 _BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
+_BYTES_HELD = 4  # of a value that a threshold is looked for among
 Rows = Callable[[int, int], Tensor]  # fp32 rows of a merged tensor
 
 
@@ -74,7 +76,9 @@ class Merger:
             with self.budget.hold(self._num_bytes(name)):
                 yield self._whole(name)
         else:
-            yield partial(self._rows, name, self._facts(name))
+            with self.budget.hold(_BYTES_HELD * min(self.parents.stored_base[name].numel, HELD)):
+                facts = self._facts(name)
+            yield partial(self._rows, name, facts)
 
     def prepare(self) -> None:
         """Finds out what is to be known of all tensors together, before threads ask for it."""
@@ -82,9 +86,11 @@ class Merger:
 
     @cached_property
     def budget(self) -> Budget:
+        if not METHODS[self.method].on_matrices:
+            return Budget(MOST_BYTES)
         stored = [self.parents.stored_base[name] for name in self.names]
         largest = max((each.numel * each.dtype.itemsize for each in stored), default=0)
-        return Budget(max(LEAST_BYTES, _TENSORS * largest))
+        return Budget(max(MOST_BYTES, _TENSORS * largest))
 
     def _is_whole(self, name: str) -> bool:
         method, shape = METHODS[self.method], self.parents.stored_base[name].shape

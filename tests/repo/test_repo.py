@@ -111,7 +111,7 @@ def test_help_answers_at_once_and_without_torch() -> None:
         (["launch", "recipes/demo/train.yaml", "--hostfile", "hosts"], 2, "--hostfile: no machines are known"),
         (["launch", "recipes/demo/train.yaml", "--submit", "--print"], 2, "--submit: excludes --print"),
         (["merge"], 2, "merge: no models (works: MODEL MODEL --base BASE --method NAME --out DIR, or --recipe FILE)"),
-        (["merge", "a", "a", "--base", "b", "--method", "ties", "--out", "o"], 78, "models.a-2: a is given twice, as a-1 too"),
+        (["merge", "a", "a", "--base", "b", "--method", "ties", "--out", "o"], 78, "models.a (again): a is given twice, as a too"),
         (["merge", "a", "b", "--base", "c", "--method", "ties", "--out", "o", "density=2"], 78, "density: 2: Input should be less"),
         (["nonsense"], 2, "No such command"),
     ],

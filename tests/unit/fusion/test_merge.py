@@ -17,7 +17,7 @@ from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.checkpoint.verify import verify
 from h3scale.cli.merge import merge as merge_verb
 from h3scale.config.fuse import FuseRecipe
-from h3scale.config.merge import OPTIONS, load_merge
+from h3scale.config.merge import OPTIONS, load_merge, named
 from h3scale.errors import ConfigError, DataError, H3Error, MissingInputError, UnsafeError, UsageError
 from h3scale.fusion.execute import fuse
 from h3scale.fusion.merge import How, merge, plan_merge
@@ -496,6 +496,14 @@ def test_words_with_an_equals_sign_are_options_and_the_rest_are_models(
     assert "honest: model honest, weight 2" in said
     assert "density 0.5" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_named_by_as_much_of_their_paths_as_tells_them_apart() -> None:
+    assert named(["m/helpful", "m/honest"]) == {"helpful": "m/helpful", "honest": "m/honest"}
+    two = ["m/helpful/final", "m/honest/final"]
+    assert named(two) == {"helpful/final": two[0], "honest/final": two[1]}
+    assert named(two[::-1]) == named(two)
+    assert named([]) == {}
 
 
 # ---------------------------------------------------------------- fuse with a method for what is no expert

@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="One model of a helpful, a harmless and an honest one: align, fuse, train, release.",
+    help="One model of a helpful, a harmless and an honest one: align, fuse or merge, train, release.",
 )
 app.command()(demo.demo)
 app.add_typer(data.app, name="data")

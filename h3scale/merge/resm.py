@@ -6,8 +6,8 @@ are not public, so this is a reconstruction, and every choice is an option:
 - outliers: entries of |D_i| above mean + outlier_kappa standard deviations, in each matrix of each model.
   `outliers: model`: with w_i their share of |D_i|'s sum, D_i counts M w_i / sum w_j times (a heavy tail is signal).
   `outliers: element`: they are cut to the threshold (a heavy tail is noise); a factored delta gets entries by that.
-- rank: c_i entries are at least sparsity_threshold times the largest; D_i gets floor(r c_i / n) triplets of r, or its part floor(r
-  c_i / sum c_j) where those are more than r together; at least one.
+- rank: c_i entries are at least sparsity_threshold times the largest, and not 0; D_i gets floor(r c_i / n) triplets of r, or its
+  part floor(r c_i / sum c_j) where those are more than r together; at least one.
 - then TSV-M's orthogonalisation. With `outliers: none` and `rank: constant` it is TSV-M bit for bit.
 """
 
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from h3scale.config.merge import Resm
 from h3scale.merge.delta import Delta, Site, dense, row_blocks
 from h3scale.merge.spectrum import largest_rank, orthogonal_together, top_triplets
+from h3scale.merge.ties import trimmed
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,21 @@ def resm(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], opt
 
 
 def traits_of(delta: Delta, options: Resm) -> Traits:
-    """Two passes over the entries, in blocks; sums in fp64."""
+    """Two passes over the entries, in blocks that are summed in fp32, and their sums in fp64."""
     total = squares = most = 0.0
     for block in row_blocks(delta):
-        sizes = block.abs()
-        total += float(sizes.sum(dtype=torch.float64))
-        squares += float(sizes.double().square().sum())
-        most = max(most, float(sizes.max()))
+        sizes_X = block.abs().reshape(-1)
+        total += float(sizes_X.sum())
+        squares += float(sizes_X @ sizes_X)
+        most = max(most, float(sizes_X.max()))
     count = math.prod(delta.shape)
     mean = total / count
     threshold = mean + options.outlier_kappa * math.sqrt(max(squares / count - mean * mean, 0.0))
     outside, num_dense = 0.0, 0
     for block in row_blocks(delta):
-        sizes = block.abs()
-        outside += float(sizes[sizes > threshold].sum(dtype=torch.float64))
-        num_dense += int((sizes >= options.sparsity_threshold * most).sum()) if most else 0
+        sizes_X = block.abs()
+        outside += float(hardshrink(sizes_X, threshold).sum())
+        num_dense += int(trimmed(sizes_X, options.sparsity_threshold * most).sign_().sum(dtype=torch.float64))
     return Traits(threshold, outside / total if total else 0.0, num_dense)
 
 

@@ -159,7 +159,7 @@ def resm(base: Tensor, deltas: Deltas, weights: Sequence[float], options: Any) -
         mass = [float(d.abs()[d.abs() > limit].sum() / d.abs().sum()) for d, limit in zip(deltas, limits, strict=True)]
         if sum(mass):
             weights = [w * len(deltas) * m / sum(mass) for w, m in zip(weights, mass, strict=True)]
-    dense = [int((d.abs() >= options.sparsity_threshold * d.abs().max()).sum()) for d in deltas]
+    dense = [int(((d.abs() >= options.sparsity_threshold * d.abs().max()) & (d != 0)).sum()) for d in deltas]
     ranks = [rank // len(deltas)] * len(deltas)
     if options.rank == "sparsity":
         ranks = [rank * each // base.numel() for each in dense]

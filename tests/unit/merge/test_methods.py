@@ -142,6 +142,17 @@ def test_resm_with_equal_weights_and_constant_rank_is_tsv_m_bit_for_bit(shape: t
     assert torch.equal(merge("resm", base, deltas, **values), merge("tsv_m", base, deltas))
 
 
+@pytest.mark.parametrize("outliers", ["model", "element"])
+def test_resm_counts_entries_of_sparse_models_as_its_definition(outliers: str) -> None:
+    base, deltas = case((12, 20), 3)
+    for model, delta in enumerate(deltas):  # models of unlike sparsity, with zeros that never count
+        delta[delta.abs() < 0.3 * (model + 1)] = 0
+    values: dict[str, Any] = {"outliers": outliers, "sparsity_threshold": 0.0, "outlier_kappa": 1.0}
+    found = merge("resm", base, deltas, **values)
+    assert far(found, oracle("resm", base, deltas, **values)) < 1e-5
+    assert far(found, merge("resm", base, deltas, **{**values, "rank": "constant"})) > 1e-2
+
+
 def test_resm_gives_equally_sparse_models_the_ranks_of_tsv_m() -> None:
     base, (delta, *_) = case((12, 20), 1)
     deltas = [delta, delta.flip(0), delta.flip(1)]

@@ -48,8 +48,15 @@ WORKS = {
 }
 
 
-@pytest.mark.parametrize("work", WORKS)
-@pytest.mark.parametrize("tries", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("work", "tries"),
+    [
+        ("consolidate", 5),
+        ("megablocks", 3),
+        ("universal", 2),
+        *(pytest.param(work, 50, marks=pytest.mark.slow) for work in WORKS),
+    ],
+)
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(checkpoint, tmp_path, tries, work):
     write = WORKS[work]
     began = time.monotonic()

@@ -68,7 +68,7 @@ def _failed(error: Exception, recipe: TrainRecipe | None, stale: dict[str, Any] 
             return error.exit_code  # the folder is another run's, which says there how it ends
         return _told(recipe, stale, error.exit_code, error.findings[0])
     if _peer_lost(error):
-        reason = f"rank {log.RANK}: {_who(error)} ({str(error).splitlines()[0]})"
+        reason = f"rank {log.RANK}: {_who(error, recipe)} ({str(error).splitlines()[0]})"
         print(f"error: {reason}", file=sys.stderr)
         return _told(recipe, stale, PeerLostError.exit_code, reason)
     traceback.print_exc()  # our bug: the traceback, and the exit code that says so
@@ -99,11 +99,12 @@ def _peer_lost(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def _who(error: Exception) -> str:
+def _who(error: Exception, recipe: TrainRecipe | None) -> str:
     """Who does not answer."""
     from h3scale.train.peers import missing_ranks
 
-    missing = missing_ranks("timed out" in str(error).lower() or "timeout" in str(error).lower())
+    log_file = run_folder_of(recipe.out if recipe else "") / "logs" / f"rank-{log.RANK}.log"
+    missing = missing_ranks("timed out" in str(error).lower() or "timeout" in str(error).lower(), log_file)
     if not missing:
         return "the other ranks do not answer"
     return f"rank {missing[0]} does not answer" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} do not answer"

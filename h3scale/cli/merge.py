@@ -30,6 +30,17 @@ def merge(
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Write down the sha256 of every file that is read.")] = True,
     fsync: Annotated[bool, typer.Option("--fsync/--no-fsync", help="--no-fsync is for measuring.", hidden=True)] = True,
+    explain: Annotated[
+        Path | None, typer.Option("--explain", help="Merge nothing; write here where the models collide (a folder).")
+    ] = None,
+    search: Annotated[
+        Path | None, typer.Option("--search", help="Choose the scaling (and density, ...) first; write here how (a folder).")
+    ] = None,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option("--records", help="Validation records (JSONL) for --search, not the test's; may be repeated."),
+    ] = None,
+    budget: Annotated[int, typer.Option("--budget", min=3, help="Merges that --search may evaluate.")] = 12,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the models, print what would be done, write nothing.")] = False,
 ) -> None:
@@ -47,17 +58,28 @@ def merge(
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if not values and recipe is None:
         raise UsageError("merge: no models (works: MODEL MODEL --base BASE --method NAME --out DIR, or --recipe FILE)")
+    if (search is None) != (not records):
+        raise UsageError("merge: --search and --records need each other (works: --search DIR --records validation.jsonl)")
     overrides = [word for word in words or [] if is_override(word)]
-    checked, options = load_merge(recipe, values, overrides)
+    fallback = {"method": "task_arithmetic", "out": str(explain)} if explain else {}
+    checked, options = load_merge(recipe, values, overrides, fallback)
     max_shard_bytes = parse_size(max_shard_size)
     # torch is imported from here on: a mistake is answered at once.
+    from h3scale.checkpoint.shards import check_output
+    from h3scale.cli.merge_choices import explain_into, search_into
     from h3scale.fusion.merge import How, plan_merge
     from h3scale.fusion.merge import merge as carry_out
 
+    how = How(device, workers, max_shard_bytes, hashes, fsync)
+    if explain is not None:
+        explain_into(explain, plan_merge(checked, options, device), force)
+        return
+    if search is not None:
+        check_output(checked.out, force)
+        options = search_into(search, plan_merge(checked, options, device), records or [], budget, how, force)
     if dry_run:
         _show(plan_merge(checked, options))
         return
-    how = How(device, workers, max_shard_bytes, hashes, fsync)
     done = carry_out(checked, options, force, how, _show)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"
     print(f"merged model: {done.out}, {told}   next: h3scale checkpoint verify {done.out}")

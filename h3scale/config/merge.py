@@ -3,7 +3,9 @@
 Every method has its own options; `OPTIONS` says which. What all have: `weights`, one number a model, and `scaling`.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -257,12 +259,14 @@ def named(folders: list[str]) -> dict[str, str]:
     return dict(zip(twice, folders, strict=True))
 
 
-def load_merge(path: str | Path | None, values: dict[str, Any], overrides: list[str]) -> tuple[MergeRecipe, Options]:
-    """A recipe and the options of its method, from a file (if any), `values` and `key=value` over it.
+def load_merge(
+    path: str | Path | None, values: dict[str, Any], overrides: list[str], fallback: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[MergeRecipe, Options]:
+    """A recipe and the options of its method, from a file (if any), `values` and `key=value` over it, `fallback` below it.
 
     The file has both in one place. Raises ConfigError (78) with all findings.
     """
-    written = (load_yaml(find(path)) if path else {}) | values
+    written = {**fallback, **(load_yaml(find(path)) if path else {}), **values}
     for override in overrides:
         apply_override(written, override)
     where = str(path or "merge")

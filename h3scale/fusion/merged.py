@@ -49,13 +49,17 @@ class Budget:
 
 @dataclass(frozen=True)
 class Merger:
-    """A method on given parents. `names`: the tensors that are merged, which `scope: model` looks at together."""
+    """A method on given parents. `names`: the tensors that are merged, which `scope: model` looks at together.
+
+    `alone`: rows are the merged change without the base.
+    """
 
     parents: Parents
     method: str
     options: Options
     names: tuple[str, ...]
     embeddings: tuple[str, ...] = ()
+    alone: bool = False
 
     def source(self, name: str, dtype: torch.dtype) -> Stored | Computed:
         """What a merged tensor is made of: the base's own bytes where nothing changes."""
@@ -108,7 +112,7 @@ class Merger:
 
         def rows(start: int, stop: int) -> Tensor:
             part = change.rows(start, stop) if isinstance(change, LowRank) else change[start:stop]
-            return (self.parents.base_rows(name, start, stop) + part).cpu()
+            return (part if self.alone else self.parents.base_rows(name, start, stop) + part).cpu()
 
         return rows
 
@@ -117,7 +121,8 @@ class Merger:
         deltas = [self.parents.delta_rows(model, name, start, base) for model in range(len(self.parents.labels))]
         first = start * prod(self.parents.stored_base[name].shape[1:])
         site = self._site(name, facts, first)
-        return base.add_(dense(merged_delta(self.method, base, deltas, self.options, site, name in self.embeddings))).cpu()
+        change = dense(merged_delta(self.method, base, deltas, self.options, site, name in self.embeddings))
+        return (change if self.alone else base.add_(change)).cpu()
 
     def _site(self, name: str, facts: Any, start: int = 0) -> Site:
         return Site(name, self.parents.labels, start, facts)

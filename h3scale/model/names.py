@@ -182,3 +182,9 @@ def _pattern(template: str) -> re.Pattern[str]:
     for field in ("layer", "expert"):
         pattern = pattern.replace(re.escape("{" + field + "}"), rf"(?P<{field}>\d+)")
     return re.compile(pattern)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, from 0; None for embeddings, head and last norm."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None

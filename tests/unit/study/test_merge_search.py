@@ -1,0 +1,139 @@
+"""The search of a merge's scaling: a planted optimum, the budget, the changes that are kept, and what is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from h3scale.cli.main import app
+from h3scale.config.merge import OPTIONS, load_merge
+from h3scale.data.encode import encode_records
+from h3scale.data.sources import read_records
+from h3scale.evaluation.evaluate import open_model
+from h3scale.evaluation.score import score, score_encoded
+from h3scale.fusion.merge import How, plan_merge
+from h3scale.study import merge_search
+from h3scale.study.merge_search import axes_of, objective, search
+from tests.tiny import tiny_llama, tiny_records, tiny_tokenizer
+
+ALIGNMENTS = ("helpful", "harmless")
+PLANTED = 0.6  # the models go 1 / PLANTED times as far as is best
+NO_SYNC = How(fsync=False, workers=1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and two models that each have half of a few descents' change, gone too far."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_llama(folder / "base")
+    records = read_records([tiny_records(folder / "validation.jsonl", ALIGNMENTS)])
+    encoded = encode_records(tiny_tokenizer(), records)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    start = {name: values.detach().clone() for name, values in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(6):
+        for item in encoded:
+            tokens = torch.tensor([item.input_ids])
+            (model(input_ids=tokens, labels=tokens).loss / len(encoded)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    change = {name: (values.detach() - start[name]) / PLANTED for name, values in model.named_parameters()}
+    for number, label in enumerate(ALIGNMENTS):
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for name, values in model.named_parameters():
+                noise = 0.001 * torch.randn(values.shape, generator=generator)
+                values.copy_(start[name] + change[name] / 2 + noise)
+        model.save_pretrained(folder / label)
+    return folder
+
+
+def planned(world: Path, method: str, *overrides: str) -> Any:
+    values = {"base": str(world / "base"), "models": [str(world / label) for label in ALIGNMENTS]}
+    return plan_merge(*load_merge(None, values | {"method": method, "out": "none"}, list(overrides)))
+
+
+def by_brute_force(world: Path) -> dict[float, float]:
+    """The objective of the plain sum of the changes at many scalings."""
+    model, tokenizer = open_model(world / "base")
+    encoded = encode_records(tokenizer, read_records([world / "validation.jsonl"]))
+    base = {name: values.clone() for name, values in model.state_dict().items()}
+    others = [AutoModelForCausalLM.from_pretrained(world / label).state_dict() for label in ALIGNMENTS]
+    found = {}
+    for scaling in (i / 20 for i in range(31)):
+        model.load_state_dict({name: b + scaling * sum(o[name] - b for o in others) for name, b in base.items()})
+        found[scaling] = objective(score_encoded(model, encoded).records)
+    return found
+
+
+def test_the_planted_optimum_is_found_within_the_budget(world: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    records = read_records([world / "validation.jsonl"])
+    choice = search(planned(world, "task_arithmetic"), records, 9, tmp_path, NO_SYNC, said.append)
+    curve = by_brute_force(world)
+    assert 0.1 < min(curve, key=curve.__getitem__) < 1.4  # it is a valley, and neither end is its ground
+    assert choice.result["best"]["nll"] <= min(curve.values()) + 1e-4
+    assert choice.options.scaling == choice.result["best"]["point"]["scaling"]
+    assert len(choice.result["trials"]) == len(said) <= 9
+    assert choice.result["paired"]["the base"]["high"] < 0
+    assert {"helpful", "harmless"} == choice.result["best"]["by_alignment"].keys()
+    assert len(list(tmp_path.iterdir())) == 1  # one change, for all scalings
+
+
+def test_what_was_searched_is_what_is_merged(world: Path, tmp_path: Path) -> None:
+    words = [str(world / label) for label in ALIGNMENTS] + ["--base", str(world / "base"), "--method", "ties"]
+    more = ["--records", str(world / "validation.jsonl"), "--budget", "6", "--no-hashes", "--no-fsync", "--dtype", "bfloat16"]
+    out = tmp_path / "merged"
+    done = CliRunner().invoke(app, ["merge", *words, *more, "--search", str(tmp_path / "why"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "why").iterdir()) == ["search.json", "search.png"]
+    result = json.loads((tmp_path / "why" / "search.json").read_text())
+    told = json.loads((out / "merge.json").read_text())["options"]
+    assert {key: told[key] for key in result["searched"]} == result["best"]["point"]
+    assert result["searched"] == ["scaling", "density"]
+    found = objective(score(*open_model(out), read_records([world / "validation.jsonl"])).records)
+    assert found == pytest.approx(result["best"]["nll"], rel=1e-6)
+    assert result["best"]["nll"] == min(trial["nll"] for trial in result["trials"])
+
+
+def test_the_best_change_stays_on_disk_when_others_come_and_go(world: Path, tmp_path: Path) -> None:
+    plan = planned(world, "ties", "scaling=0.6")
+    records = read_records([world / "validation.jsonl"])
+    scorer = merge_search.Scorer(plan, records, tmp_path, NO_SYNC)
+    values = {}
+    for density in (0.5, 0.02, 0.05, 1.0):
+        values[density] = objective(scorer.scores(plan.options.model_copy(update={"density": density})))
+        assert len(list(tmp_path.iterdir())) <= 2
+    best = min(values, key=values.__getitem__)
+    made = scorer.made
+    assert objective(scorer.scores(plan.options.model_copy(update={"density": best}))) == values[best]
+    assert scorer.made == made
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_method_has_something_to_search_and_what_is_given_is_left_alone(method: str) -> None:
+    options = OPTIONS[method].model_validate({})
+    axes = axes_of(method, options)
+    for axis in axes:
+        assert axis.low <= min(axis.starts) <= max(axis.starts) <= axis.high
+        for end in (axis.low, axis.high, *axis.starts):
+            type(options).model_validate({axis.key: end})
+    first = OPTIONS[method].model_validate({axes[0].key: axes[0].starts[-1]})
+    if len(axes) > 1:
+        assert [axis.key for axis in axes_of(method, first)] == [axis.key for axis in axes[1:]]
+
+
+def test_records_without_a_search_and_a_search_with_nothing_left_are_refused(world: Path, tmp_path: Path) -> None:
+    words = ["merge", *[str(world / label) for label in ALIGNMENTS], "--base", str(world / "base"), "--out", str(tmp_path / "out")]
+    words += ["--method", "linear"]
+    done = CliRunner().invoke(app, [*words, "--records", "validation.jsonl"])
+    assert done.exit_code != 0
+    assert "--search and --records need each other" in str(done.exception)
+    more = ["--search", str(tmp_path / "why"), "--records", str(world / "validation.jsonl"), "scaling=1"]
+    done = CliRunner().invoke(app, [*words, *more])
+    assert "nothing is left to search, as scaling is given" in str(done.exception)
+    assert not list(tmp_path.iterdir())

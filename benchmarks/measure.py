@@ -51,14 +51,15 @@ def interleaved(works: Mapping[str, Callable[[], Any]], rounds: int, before: Cal
     for _ in range(rounds):
         for name, work in works.items():
             before()
-            wall, cpu = time.perf_counter(), _cpu_s()
+            wall, cpu = time.perf_counter(), cpu_s()
             work()
-            timings[name].cpu_s.append(_cpu_s() - cpu)
+            timings[name].cpu_s.append(cpu_s() - cpu)
             timings[name].wall_s.append(time.perf_counter() - wall)
     return timings
 
 
-def _cpu_s() -> float:
+def cpu_s() -> float:
+    """CPU seconds of this process so far, and of those that it started and that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(one.ru_utime + one.ru_stime for one in used)
 

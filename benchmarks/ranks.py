@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from measure import Row
-
-from h3scale.launch.local import free_port
+from measure import Row, cpu_s
 
 MARK = "=> "  # before an answer: DeepSpeed prints as well
 POLL_S = 0.005  # what is needed for one layer lives for hundredths of a second
@@ -21,7 +19,9 @@ POLL_S = 0.005  # what is needed for one layer lives for hundredths of a second
 class Ranks:
     """`python SCRIPT WORDS` as `num_ranks` processes, of which each answers with `serve`. RuntimeError when one ends unasked."""
 
-    def __init__(self, script: str, words: Sequence[str], num_ranks: int = 1):
+    def __init__(self, script: str, words: Sequence[str], num_ranks: int = 1, python: str = sys.executable):
+        from h3scale.launch.local import free_port  # ranks of other environments do not have it
+
         shared = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
         shared |= {
             "MASTER_PORT": str(free_port()),
@@ -32,7 +32,7 @@ class Ranks:
         self.what = f"{Path(script).name} {words[0]}"
         self.processes = [
             subprocess.Popen(
-                [sys.executable, script, *words],
+                [python, script, *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -100,10 +100,10 @@ def serve(answer: Callable[[str], Row]) -> None:
 
 
 def timed(work: Callable[[], Row]) -> Row:
-    """What the work gives, with the seconds it took by the wall and of this process's CPU."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """What the work gives, with the seconds it took by the wall and of this process's CPU, with processes that it started."""
+    wall, cpu = time.perf_counter(), cpu_s()
     found = work()
-    return found | {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    return found | {"cpu_s": cpu_s() - cpu, "wall_s": time.perf_counter() - wall}
 
 
 def own_mib(pid: int) -> float:

@@ -1,0 +1,116 @@
+"""TSV-M and RESM on one matrix of three models: beside the published path of full SVDs, and against one of fp64."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from measure import Row, interleaved
+from torch import Tensor
+
+from h3scale.config.merge import OPTIONS, Resm
+from h3scale.merge.delta import Delta, LowRank, dense
+from h3scale.merge.registry import merged_delta
+from h3scale.merge.resm import ranks_of, traits_of
+
+ROUNDS = 3
+FAST_ROUNDS = 20  # of what takes milliseconds
+NUM_MODELS, RANK = 3, 8
+SHAPES = {"tiny": (64, 176), "full": (1024, 3584)}
+METHODS = ("tsv_m", "resm")
+PUBLISHED = "torch.linalg.svd"
+
+
+def spectral(tiny: bool, work: Path, peer: Path | None) -> Row:
+    """CPU seconds for one matrix, dense deltas and LoRA's; LoRA's beside the same published path, which needs the product."""
+    torch.set_num_threads(1)
+    shape = SHAPES["tiny" if tiny else "full"]
+    rows = []
+    for kind, deltas in (("dense", _dense(shape)), (f"LoRA rank {RANK}", _lora(shape))):
+        for method in METHODS:
+            ours, theirs = _ours(method, deltas), _published(method, deltas)
+            ours(), theirs()
+            timed = interleaved({"theirs": theirs}, 1 if tiny else ROUNDS) | interleaved(
+                {"ours": ours}, 1 if tiny else FAST_ROUNDS if kind != "dense" else ROUNDS
+            )
+            for name, what in (("ours", f"h3scale, {method}"), ("theirs", f"{PUBLISHED}, {method}")):
+                row = {"what": what, "deltas": kind, "shape": f"{shape[0]} x {shape[1]}", **timed[name].figures()}
+                rows.append(row | ({"faster_than_svd": timed["theirs"].best() / timed["ours"].best()} if name == "ours" else {}))
+    return {"rows": rows}
+
+
+def oracle(tiny: bool, work: Path, peer: Path | None) -> Row:
+    """Relative Frobenius distance of the merged change from one of fp64 full SVDs; of the published path in fp32 as well."""
+    torch.set_num_threads(1)
+    shape = SHAPES["tiny" if tiny else "full"]
+    rows = []
+    for kind, deltas in (("dense", _dense(shape)), (f"LoRA rank {RANK}", _lora(shape))):
+        for method in METHODS:
+            exact = _published(method, deltas, torch.float64)()
+            for what, found in (
+                (f"h3scale, {method}", _ours(method, deltas)()),
+                (f"{PUBLISHED}, {method}", _published(method, deltas)()),
+            ):
+                error = float((dense(found).double() - exact).norm() / exact.norm())
+                rows.append({"what": what, "deltas": kind, "shape": f"{shape[0]} x {shape[1]}", "error": error})
+    return {"rows": rows}
+
+
+def _dense(shape: tuple[int, int]) -> list[Tensor]:
+    """Changes of full rank whose singular values fall as a power."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(NUM_MODELS):
+        left = torch.linalg.qr(torch.randn(shape[0], min(shape), generator=generator))[0]
+        right = torch.linalg.qr(torch.randn(shape[1], min(shape), generator=generator))[0]
+        found.append(left * (1 + torch.arange(min(shape))) ** -0.5 @ right.T)
+    return found
+
+
+def _lora(shape: tuple[int, int]) -> list[LowRank]:
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(shape[0], RANK, generator=generator), torch.randn(RANK, shape[1], generator=generator))
+        for _ in range(NUM_MODELS)
+    ]
+    return [LowRank(0.02 * left, 0.02 * right) for left, right in pairs]
+
+
+def _ours(method: str, deltas: Sequence[Delta]) -> Callable[[], Delta]:
+    like = torch.empty(deltas[0].shape, device="meta")
+    options = OPTIONS[method].model_validate({})
+
+    def work() -> Delta:
+        return merged_delta(method, like, deltas, options)
+
+    return work if all(isinstance(delta, LowRank) for delta in deltas) else lambda: dense(work())  # type: ignore[return-value]
+
+
+def _published(method: str, deltas: Sequence[Delta], dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    """TSV-M as its authors publish it (compute_and_sum_svd_mem_reduction), restated; RESM with our weights and ranks before it.
+
+    Theirs always has `rank // models` triplets a model, at places i * that; with RESM's ranks they follow one another.
+    """
+
+    def work() -> Tensor:
+        changes = [dense(delta).to(dtype) for delta in deltas]
+        rank = min(changes[0].shape)
+        weights, counts = [1.0] * len(changes), [rank // len(changes)] * len(changes)
+        if method == "resm":
+            options = Resm.model_validate({})
+            traits = [traits_of(change, options) for change in changes]
+            counts = ranks_of(traits, rank, changes[0].numel(), options)
+            total = sum(trait.outlier_share for trait in traits)
+            weights = [len(traits) * trait.outlier_share / total for trait in traits]
+        left_sum, right_sum = (torch.zeros(size, rank, dtype=dtype) for size in changes[0].shape)
+        values = torch.zeros(rank, dtype=dtype)
+        at = 0
+        for change, weight, count in zip(changes, weights, counts, strict=True):
+            u, s, v = torch.linalg.svd(change, full_matrices=False)
+            place = slice(at, at + count)
+            left_sum[:, place], values[place], right_sum[:, place] = u[:, :count], weight * s[:count], v[:count].T
+            at += count
+        u_left, _, v_left = torch.linalg.svd(left_sum, full_matrices=False)
+        u_right, _, v_right = torch.linalg.svd(right_sum.T, full_matrices=False)
+        return u_left @ v_left @ torch.diag(values) @ u_right @ v_right
+
+    return work

@@ -14,7 +14,7 @@ from ranks import Peaks, Ranks
 from safetensors import safe_open
 
 SCRIPT = str(Path(__file__).with_name("merge_tools.py"))
-ROUNDS = 7
+ROUNDS = 5
 METHODS = ("ties", "task_arithmetic", "linear")
 MODELS = [f"model-{i}" for i in range(NUM_MODELS)]
 ADAPTERS = [f"adapter-{i}" for i in range(NUM_MODELS)]
@@ -27,7 +27,7 @@ def streamed(tiny: bool, work: Path, peer: Path | None) -> Row:
     """TIES, task arithmetic and linear: bf16 in and out, three models of one base."""
     num_parameters = write_models(work, "tiny" if tiny else "0.17 B")
     ask: dict[str, Row] = {f"{OURS}, {method}": {"way": OURS, "method": method} for method in METHODS}
-    ask |= {f"{OURS}, {method}, sha256 of the parents": {"way": OURS, "method": method, "hashes": True} for method in METHODS[1:2]}
+    ask |= {f"{OURS}, {method}, sha256 of all": {"way": OURS, "method": method, "hashed": True} for method in METHODS[1:2]}
     if peer:
         ask |= {f"{MERGEKIT}, {method}": {"way": MERGEKIT, "method": method} for method in METHODS}
     ask = {name: question | {"models": MODELS} for name, question in ask.items()}

@@ -1,6 +1,7 @@
 """What merges model folders, as processes that import once and then wait: python merge_tools.py WAY.
 
-A question is a JSON object with the folder of the models; the answer has its seconds. It runs in mergekit's environment too, where h3scale is not.
+A question is a JSON object with the folder of the models; the answer has its seconds. It runs in mergekit's
+environment too, where h3scale is not.
 """
 
 import json
@@ -30,8 +31,9 @@ def _ours() -> Callable[[Row], Row]:
         folder = Path(question["folder"])
         models = [str(folder / name) for name in question["models"]]
         values = {"base": str(folder / "base"), "models": models, "method": question["method"], "out": question["out"]}
+        hashed = question.get("hashed", False)
         overrides = [f"density={DENSITY}"] if question["method"] == "ties" else []
-        merge(*load_merge(None, values, overrides), how=How(workers=1, hashes=question.get("hashes", False), fsync=False))
+        merge(*load_merge(None, values, overrides), how=How(workers=1, hashes=hashed, receipt=hashed, fsync=False))
         return {}
 
     return work

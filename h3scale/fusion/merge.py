@@ -53,6 +53,7 @@ class How:
     max_shard_bytes: int = MAX_SHARD_BYTES
     hashes: bool = True  # sha256 of every file that is read, for merge.json
     fsync: bool = True
+    receipt: bool = True  # with the sha256 of every tensor; without it is for measuring
 
     @property
     def num_workers(self) -> int:
@@ -136,7 +137,8 @@ def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How |
         write_descriptions(work.folder, plan.config, shards)
         _copy_extras(plan, work.folder)
         write_json(work.folder / MERGE, provenance(plan, how))
-        write_json(work.folder / RECEIPT, make_receipt(work.folder, _about(plan), shards, outputs, hashes))
+        if how.receipt:
+            write_json(work.folder / RECEIPT, make_receipt(work.folder, _about(plan), shards, outputs, hashes))
     return MergeSummary(out, plan, sum(shard.num_bytes for shard in shards), time.monotonic() - start)
 
 
@@ -200,7 +202,7 @@ def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output
     hashes: Hashes = {}
     before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
     with progress("merge", sum(shard.num_bytes for shard in shards) / 1e6, "MB", before / 1e6) as bar:
-        writer = Writer(outputs, how.num_workers, hashing=True, fsync=how.fsync, bar=bar)
+        writer = Writer(outputs, how.num_workers, hashing=how.receipt, fsync=how.fsync, bar=bar)
         try:
             for shard in shards:
                 if shard.name not in work.done:
@@ -255,5 +257,5 @@ def _key(plan: MergePlan, shards: list[ShardFile], how: How) -> str:
     """Of the same work, the same: the parents as they are now, what is done to them, and what is to come of it."""
     files = sorted({path for source in (plan.parents.base, *plan.parents.models.values()) for path in _files(source)})
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    work = [plan.recipe.model_dump(exclude={"out"}), plan.options.model_dump(), how.device, how.hashes, __version__]
+    work = [plan.recipe.model_dump(exclude={"out"}), plan.options.model_dump(), how.device, how.hashes, how.receipt, __version__]
     return hashlib.sha256(repr([stats, work, [shard.header for shard in shards]]).encode()).hexdigest()

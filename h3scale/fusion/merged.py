@@ -1,5 +1,6 @@
 """Merged tensors as something to be written: made block by block when their turn comes, within a bound of memory."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _TENSORS = 4  # of the largest tensor's size: what whole matrices may take toget
 _BYTES_PER_VALUE = 16  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
 _BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
 _BYTES_HELD = 4  # of a value that a threshold is looked for among
+_ROUNDING = 2.0**-48  # shares that add up to 1 leave so little, which is no share of the base
 Rows = Callable[[int, int], Tensor]  # fp32 rows of a merged tensor
 
 
@@ -79,6 +81,8 @@ class Merger:
         if self._is_whole(name):
             with self.budget.hold(self._num_bytes(name)):
                 yield self._whole(name)
+        elif self._numbers is not None and self.parents.is_short(name):
+            yield partial(self._sums, name, self._numbers)
         else:
             with self.budget.hold(_BYTES_HELD * min(self.parents.stored_base[name].numel, HELD)):
                 facts = self._facts(name)
@@ -115,6 +119,19 @@ class Merger:
             return (part if self.alone else self.parents.base_rows(name, start, stop) + part).cpu()
 
         return rows
+
+    def _sums(self, name: str, numbers: Sequence[float], start: int, stop: int) -> Tensor:
+        return self.parents.sum_rows(name, start, stop, numbers).cpu()
+
+    @cached_property
+    def _numbers(self) -> tuple[float, ...] | None:
+        """What base and models are multiplied by, of methods that do nothing else: their changes need not be made."""
+        numbers_of = METHODS[self.method].numbers
+        if numbers_of is None or self.alone:
+            return None
+        numbers = [number * self.options.scaling for number in numbers_of(self.options.weights_of(len(self.parents.labels)))]
+        left = 1 - math.fsum(numbers)
+        return (left if abs(left) > _ROUNDING else 0.0, *numbers)
 
     def _rows(self, name: str, facts: Any, start: int, stop: int) -> Tensor:
         base = self.parents.base_rows(name, start, stop)

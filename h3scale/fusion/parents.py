@@ -17,6 +17,8 @@ from h3scale.errors import DataError
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
 from h3scale.merge.delta import BLOCK_VALUES, Delta, LowRank, Pair
 
+_SHORT_BYTES = 2
+
 
 @dataclass(frozen=True)
 class Parents:
@@ -69,6 +71,24 @@ class Parents:
         change = self.delta(model, name)
         return change.rows(start, start + len(base_rows)) if isinstance(change, LowRank) else change
 
+    def is_short(self, name: str) -> bool:
+        """Whether base and models all have files of their own for it, in 16 bits: fp32 then has room for sums of them."""
+        stored = self.inputs(name).values()
+        return len(stored) == len(self.labels) + 1 and all(each.dtype.itemsize == _SHORT_BYTES for each in stored)
+
+    def sum_rows(self, name: str, start: int, stop: int, numbers: Sequence[float]) -> Tensor:
+        """Rows of the sum of base and models, each times its number; in one pass over each whose number is not 0."""
+        total: Tensor | None = None
+        for stored, number in zip(self.inputs(name).values(), numbers, strict=True):
+            if number == 0:
+                continue
+            rows = stored.rows(start, stop) if stored.shape else stored
+            if total is None:
+                total = self._whole(rows).mul_(number)
+            else:
+                total.add_(self._mapped(rows).to(self.device), alpha=number)
+        return total if total is not None else torch.zeros_like(self.base_rows(name, start, stop))
+
     def delta(self, model: int, name: str) -> Delta:
         """The whole change: of a LoRA adapter its factors, of none where it leaves a matrix as it is.
 
@@ -107,11 +127,15 @@ class Parents:
 
     def _whole(self, stored: Stored) -> Tensor:
         """A new fp32 tensor of what lies in a mapped file: only its own conversion touches the values."""
+        return self._mapped(stored).to(device=self.device, dtype=torch.float32, copy=True)
+
+    def _mapped(self, stored: Stored) -> Tensor:
+        """The values where they lie, not to be written to."""
         [extent] = stored.extents or [None]
         if extent is None or extent.num_bytes == 0:
-            return torch.empty(stored.shape, device=self.device)
+            return torch.empty(stored.shape, dtype=stored.dtype)
         values = torch.frombuffer(self._map(extent.path), dtype=stored.dtype, count=stored.numel, offset=extent.offset)
-        return values.view(stored.shape).to(device=self.device, dtype=torch.float32, copy=True)
+        return values.view(stored.shape)
 
     def _map(self, path: Path) -> mmap.mmap:
         if path not in self._maps:

@@ -14,5 +14,10 @@ from h3scale.merge.delta import Delta, Site, weighted_sum
 
 def linear(base_X: Tensor, deltas: Sequence[Delta], weights: Sequence[float], options: Options, site: Site) -> Delta:
     """The merged change of one tensor, before scaling."""
+    return weighted_sum(deltas, shares(weights))
+
+
+def shares(weights: Sequence[float]) -> list[float]:
+    """Weights that add up to 1."""
     total = sum(weights)
-    return weighted_sum(deltas, [weight / total for weight in weights])
+    return [weight / total for weight in weights]

@@ -16,7 +16,7 @@ from h3scale.merge.della import della
 from h3scale.merge.delta import Delta, LowRank, Site, Survey
 from h3scale.merge.iso_c import iso_c
 from h3scale.merge.iso_cts import iso_cts
-from h3scale.merge.linear import linear
+from h3scale.merge.linear import linear, shares
 from h3scale.merge.resm import resm
 from h3scale.merge.task_arithmetic import task_arithmetic
 from h3scale.merge.tsv_m import tsv_m
@@ -30,7 +30,8 @@ Merge = Callable[[Tensor, Sequence[Delta], Sequence[float], Any, Site], Delta]
 class Method:
     """A method. `survey`: what it finds out about a whole tensor before rows of it can be merged alone.
 
-    `on_matrices`: it needs whole matrices; all else gets the weighted mean. `paper`: its number at arXiv.
+    `on_matrices`: it needs whole matrices; all else gets the weighted mean. `paper`: its number at arXiv. `numbers`: of a method
+    that is a sum, what each delta is multiplied by.
     """
 
     title: str
@@ -38,6 +39,7 @@ class Method:
     merge: Merge
     survey: Survey | None = None
     on_matrices: bool = False
+    numbers: Callable[[Sequence[float]], Sequence[float]] | None = None
 
     def takes(self, shape: tuple[int, ...], options: Options, is_embedding: bool = False) -> bool:
         """Whether the method itself is used on a tensor, or the mean."""
@@ -48,9 +50,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "linear": Method("Linear", "2203.05482", linear),
+    "linear": Method("Linear", "2203.05482", linear, numbers=shares),
     "slerp": Method("SLERP", None, slerp.slerp, survey=slerp.survey),
-    "task_arithmetic": Method("Task arithmetic", "2212.04089", task_arithmetic),
+    "task_arithmetic": Method("Task arithmetic", "2212.04089", task_arithmetic, numbers=tuple),
     "ties": Method("TIES", "2306.01708", ties.ties, survey=ties.survey),
     "dare": Method("DARE", "2311.03099", dare),
     "dare_ties": Method("DARE with TIES", "2311.03099", dare_ties),

@@ -16,6 +16,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from measure import ROOT, Row, command_line, machine, print_table, subjects_of, versions, write_result
+from merge_models import SIZES
 
 SUBJECTS = {
     "streamed": "merge_streamed:streamed",
@@ -34,24 +35,26 @@ def main() -> None:
     parser.add_argument(
         "--mergekit", type=Path, default=MERGEKIT, help="python of mergekit's own environment (default: peers/mergekit)"
     )
+    parser.add_argument("--size", choices=SIZES, default="0.17 B", help="of the models (default: %(default)s)")
     words = subjects_of(parser, SUBJECTS)
+    size = "tiny" if words.tiny else words.size
     peer = words.mergekit if words.mergekit.is_file() else None
     result: Row = {"command": command_line("merge.py", (words.out, words.work, words.mergekit)), "machine": machine()}
     result |= {"versions": versions(PACKAGES), "subjects": {}}
     for name in words.only:
-        result["subjects"][name] = _run(name, words.tiny, words.work, peer)
+        result["subjects"][name] = _run(name, size, words.work, peer)
     for subject in result["subjects"].values():
         result["versions"] |= subject.pop("versions", {})
     if words.out:
         write_result(words.out, result)
 
 
-def _run(name: str, tiny: bool, where: Path | None, peer: Path | None) -> Row:
+def _run(name: str, size: str, where: Path | None, peer: Path | None) -> Row:
     """Runs a subject in a folder of its own, which is deleted, and prints its table."""
     work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-", dir=where))
     began, load = time.perf_counter(), os.getloadavg()[0]
     try:
-        found = resolve_name(SUBJECTS[name])(tiny, work, peer)
+        found = resolve_name(SUBJECTS[name])(size, work, peer)
     finally:
         shutil.rmtree(work)
     about = {"seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg()[0]}

@@ -10,12 +10,13 @@ from h3scale.checkpoint.shard_files import WEIGHTS
 from h3scale.fusion.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 NUM_MODELS = 3
+TINY = "tiny"
 # hidden, intermediate, layers, vocabulary
 SIZES = {
-    "tiny": (64, 176, 2, 512),
+    TINY: (64, 176, 2, 512),
     "0.04 B": (512, 1792, 8, 8192),
+    "0.06 B": (768, 2688, 6, 8192),
     "0.17 B": (1024, 3584, 8, 25600),
-    "0.5 B": (1536, 5376, 12, 32000),
 }
 RANK = 8
 DELTA = 0.002  # beside weights of 0.02: what fine-tuning changes

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from measure import Row, interleaved
+from merge_models import SIZES, TINY
 from torch import Tensor
 
 from h3scale.config.merge import OPTIONS, Resm
@@ -15,22 +16,21 @@ from h3scale.merge.resm import ranks_of, traits_of
 ROUNDS = 3
 FAST_ROUNDS = 20  # of what takes milliseconds
 NUM_MODELS, RANK = 3, 8
-SHAPES = {"tiny": (64, 176), "full": (1024, 3584)}
 METHODS = ("tsv_m", "resm")
 PUBLISHED = "torch.linalg.svd"
 
 
-def spectral(tiny: bool, work: Path, peer: Path | None) -> Row:
+def spectral(size: str, work: Path, peer: Path | None) -> Row:
     """CPU seconds for one matrix, dense deltas and LoRA's; LoRA's beside the same published path, which needs the product."""
     torch.set_num_threads(1)
-    shape = SHAPES["tiny" if tiny else "full"]
+    shape = _shape(size)
     rows = []
     for kind, deltas in (("dense", _dense(shape)), (f"LoRA rank {RANK}", _lora(shape))):
         for method in METHODS:
             ours, theirs = _ours(method, deltas), _published(method, deltas)
             ours(), theirs()
-            timed = interleaved({"theirs": theirs}, 1 if tiny else ROUNDS) | interleaved(
-                {"ours": ours}, 1 if tiny else FAST_ROUNDS if kind != "dense" else ROUNDS
+            timed = interleaved({"theirs": theirs}, 1 if size == TINY else ROUNDS) | interleaved(
+                {"ours": ours}, 1 if size == TINY else FAST_ROUNDS if kind != "dense" else ROUNDS
             )
             for name, what in (("ours", f"h3scale, {method}"), ("theirs", f"{PUBLISHED}, {method}")):
                 row = {"what": what, "deltas": kind, "shape": f"{shape[0]} x {shape[1]}", **timed[name].figures()}
@@ -38,14 +38,17 @@ def spectral(tiny: bool, work: Path, peer: Path | None) -> Row:
     return {"rows": rows}
 
 
-def oracle(tiny: bool, work: Path, peer: Path | None) -> Row:
-    """Relative Frobenius distance of the merged change from one of fp64 full SVDs; of the published path in fp32 as well."""
+def oracle(size: str, work: Path, peer: Path | None) -> Row:
+    """Relative Frobenius distance of the merged change from one of fp64 full SVDs; of the published path in fp32 as well.
+
+    The oracle has no triplets of singular value 0, whose vectors any SVD makes up: LoRA deltas have mostly such.
+    """
     torch.set_num_threads(1)
-    shape = SHAPES["tiny" if tiny else "full"]
+    shape = _shape(size)
     rows = []
     for kind, deltas in (("dense", _dense(shape)), (f"LoRA rank {RANK}", _lora(shape))):
         for method in METHODS:
-            exact = _published(method, deltas, torch.float64)()
+            exact = _published(method, deltas, torch.float64, only_present=True)()
             for what, found in (
                 (f"h3scale, {method}", _ours(method, deltas)()),
                 (f"{PUBLISHED}, {method}", _published(method, deltas)()),
@@ -53,6 +56,11 @@ def oracle(tiny: bool, work: Path, peer: Path | None) -> Row:
                 error = float((dense(found).double() - exact).norm() / exact.norm())
                 rows.append({"what": what, "deltas": kind, "shape": f"{shape[0]} x {shape[1]}", "error": error})
     return {"rows": rows}
+
+
+def _shape(size: str) -> tuple[int, int]:
+    """Of the largest matrices in a layer."""
+    return SIZES[size][:2]
 
 
 def _dense(shape: tuple[int, int]) -> list[Tensor]:
@@ -85,7 +93,9 @@ def _ours(method: str, deltas: Sequence[Delta]) -> Callable[[], Delta]:
     return work if all(isinstance(delta, LowRank) for delta in deltas) else lambda: dense(work())  # type: ignore[return-value]
 
 
-def _published(method: str, deltas: Sequence[Delta], dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+def _published(
+    method: str, deltas: Sequence[Delta], dtype: torch.dtype = torch.float32, only_present: bool = False
+) -> Callable[[], Tensor]:
     """TSV-M as its authors publish it (compute_and_sum_svd_mem_reduction), restated; RESM with our weights and ranks before it.
 
     Theirs always has `rank // models` triplets a model, at places i * that; with RESM's ranks they follow one another.
@@ -106,6 +116,8 @@ def _published(method: str, deltas: Sequence[Delta], dtype: torch.dtype = torch.
         at = 0
         for change, weight, count in zip(changes, weights, counts, strict=True):
             u, s, v = torch.linalg.svd(change, full_matrices=False)
+            if only_present:
+                count = min(count, int((s > s[0] * max(change.shape) * torch.finfo(torch.float32).eps).sum()))
             place = slice(at, at + count)
             left_sum[:, place], values[place], right_sum[:, place] = u[:, :count], weight * s[:count], v[:count].T
             at += count

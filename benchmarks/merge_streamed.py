@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from measure import Row
-from merge_models import NUM_MODELS, write_models
+from merge_models import NUM_MODELS, TINY, write_models
 from merge_tools import DENSITY, FLOOR, MERGEKIT, OURS
 from ranks import Peaks, Ranks
 from safetensors import safe_open
@@ -23,16 +23,16 @@ PARENTS, OUTPUT = f"{FLOOR} of the parents", f"{FLOOR} of as much as is written"
 ROUNDED = 2**-8  # bf16: no value is further from the oracle's than half its last place
 
 
-def streamed(tiny: bool, work: Path, peer: Path | None) -> Row:
+def streamed(size: str, work: Path, peer: Path | None) -> Row:
     """TIES, task arithmetic and linear: bf16 in and out, three models of one base."""
-    num_parameters = write_models(work, "tiny" if tiny else "0.17 B")
+    num_parameters = write_models(work, size)
     ask: dict[str, Row] = {f"{OURS}, {method}": {"way": OURS, "method": method} for method in METHODS}
     ask |= {f"{OURS}, {method}, sha256 of all": {"way": OURS, "method": method, "hashed": True} for method in METHODS[1:2]}
     if peer:
         ask |= {f"{MERGEKIT}, {method}": {"way": MERGEKIT, "method": method} for method in METHODS}
     ask = {name: question | {"models": MODELS} for name, question in ask.items()}
     ask |= {PARENTS: {"way": FLOOR, "models": ["base", *MODELS]}, OUTPUT: {"way": FLOOR, "models": ["base"]}}
-    times, errors, said = _interleaved(work, ask, peer, 1 if tiny else ROUNDS)
+    times, errors, said = _interleaved(work, ask, peer, 1 if size == TINY else ROUNDS)
     rows = []
     for name, rounds in times.items():
         row = {"what": name, "parameters": num_parameters, **_figures(rounds)}
@@ -52,12 +52,12 @@ def streamed(tiny: bool, work: Path, peer: Path | None) -> Row:
     return {"rows": rows, "versions": versions or {"mergekit": None}}
 
 
-def adapters(tiny: bool, work: Path, peer: Path | None) -> Row:
+def adapters(size: str, work: Path, peer: Path | None) -> Row:
     """Whole merges of LoRA adapters: the methods on matrices beside linear, and the same linear merge of full models."""
-    num_parameters = write_models(work, "tiny" if tiny else "0.17 B", adapters=True)
+    num_parameters = write_models(work, size, adapters=True)
     methods = ("linear", "tsv_m", "resm")
     ask: dict[str, Row] = {f"{OURS}, {method}": {"way": OURS, "method": method, "models": ADAPTERS} for method in methods}
-    times, _, _ = _interleaved(work, ask, None, 1 if tiny else ROUNDS)
+    times, _, _ = _interleaved(work, ask, None, 1 if size == TINY else ROUNDS)
     linear = _least(times[f"{OURS}, linear"])
     rows = []
     for name, rounds in times.items():
@@ -66,15 +66,15 @@ def adapters(tiny: bool, work: Path, peer: Path | None) -> Row:
     return {"rows": rows}
 
 
-def memory(tiny: bool, work: Path, peer: Path | None) -> Row:
+def memory(size: str, work: Path, peer: Path | None) -> Row:
     """Anonymous memory of a fresh process that merges, above what it held after its imports and a tiny merge."""
     rows: list[Row] = []
-    write_models(work / "first", "tiny")
-    for size in ("tiny",) if tiny else ("0.04 B", "0.17 B"):
-        num_parameters = write_models(work / size, size)
-        largest = _largest(work / size / "base" / "model.safetensors")
-        for method in METHODS[:1] if tiny else ("linear", "ties", "tsv_m", "resm"):
-            before, peak = _peak(work, size, method)
+    write_models(work / "first", TINY)
+    for each in (TINY,) if size == TINY else ("0.04 B", size):
+        num_parameters = write_models(work / each, each)
+        largest = _largest(work / each / "base" / "model.safetensors")
+        for method in METHODS[:1] if size == TINY else ("linear", "ties", "tsv_m", "resm"):
+            before, peak = _peak(work, each, method)
             rows.append(
                 {
                     "what": f"{OURS}, {method}",
@@ -84,7 +84,7 @@ def memory(tiny: bool, work: Path, peer: Path | None) -> Row:
                     "above_tiny_mib": peak - before,
                 }
             )
-        shutil.rmtree(work / size)
+        shutil.rmtree(work / each)
     return {"rows": rows}
 
 

@@ -58,6 +58,14 @@ CHECKPOINT_PEERS = {
     },
     "experts": {"ds_to_universal"},
 }
+MERGE_FIGURES = {
+    "streamed": {"parameters", "rounds", "cpu_s_min", "cpu_s_median", "wall_s_min", "error", "times_cp_of_parents"},
+    "adapters": {"parameters", "rounds", "cpu_s_min", "times_linear"},
+    "memory": {"parameters", "largest_tensor_mib", "peak_anon_mib", "above_tiny_mib"},
+    "spectral": {"deltas", "shape", "rounds", "cpu_s_min", "faster_than_svd"},
+    "oracle": {"deltas", "shape", "error"},
+}
+MERGE_PEERS = {"streamed": {"cp of the parents", "mergekit, ties"}, "oracle": {"torch.linalg.svd, tsv_m"}}
 
 
 def benchmark(script: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -65,9 +73,9 @@ def benchmark(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def tiny_result(script: str, folder: Path, subjects: Iterable[str]) -> dict[str, Any]:
+def tiny_result(script: str, folder: Path, subjects: Iterable[str], *words: str) -> dict[str, Any]:
     out = folder / f"{script}.json"
-    done = benchmark(script, "--tiny", "--out", str(out))
+    done = benchmark(script, "--tiny", *words, "--out", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"\n{name}  (" in done.stdout for name in subjects)
     return json.loads(out.read_text())  # type: ignore[no-any-return]
@@ -131,12 +139,42 @@ def test_every_subject_of_the_checkpoint_tools_has_its_figures_and_its_peers(tmp
     assert result["command"] == "python benchmarks/checkpoint.py --tiny --out checkpoint.py.json"
 
 
+def check_merging(result: dict[str, Any], subjects: Iterable[str]) -> None:
+    for name in subjects:
+        rows = result["subjects"][name]["rows"]
+        ours = [row for row in rows if row["what"].startswith("h3scale") and "sha256" not in row["what"]]
+        assert ours
+        assert all(MERGE_FIGURES[name] <= set(row) for row in ours), name
+        assert MERGE_PEERS.get(name, set()) <= {row["what"] for row in rows}
+
+
+def test_merging_is_exact_where_it_is_timed_beside_full_svds(tmp_path: Path) -> None:
+    subjects = ("spectral", "oracle")
+    result = tiny_result("merge.py", tmp_path, subjects, "--only", ",".join(subjects))
+    check_merging(result, subjects)
+    rows = result["subjects"]["oracle"]["rows"]
+    assert all(row["error"] < 1e-5 for row in rows if row["what"].startswith("h3scale"))
+    assert {row["deltas"] for row in rows} == {"dense", "LoRA rank 8"}
+
+
+@pytest.mark.slow
+def test_every_subject_of_merging_has_its_figures_and_its_peers(tmp_path: Path) -> None:
+    result = tiny_result("merge.py", tmp_path, MERGE_FIGURES, "--mergekit", str(tmp_path / "nowhere"))
+    check_merging(result, MERGE_FIGURES)
+    streamed = {row["what"]: row for row in result["subjects"]["streamed"]["rows"]}
+    assert all("not_run" in row for name, row in streamed.items() if name.startswith("mergekit"))
+    assert result["versions"]["mergekit"] is None
+    assert result["command"].startswith("python benchmarks/merge.py --tiny")
+
+
 def test_a_start_needs_at_least_what_it_then_holds(tiny_train: dict[str, Any]) -> None:
     for row in tiny_train["subjects"]["start_memory"]["rows"]:
         assert row["peak_mib"] >= row["held_mib"] > row["shard_mib"] > 0
 
 
-@pytest.mark.parametrize(("script", "first"), [("data.py", "waste"), ("train.py", "start_memory"), ("checkpoint.py", "dense")])
+@pytest.mark.parametrize(
+    ("script", "first"), [("data.py", "waste"), ("train.py", "start_memory"), ("checkpoint.py", "dense"), ("merge.py", "streamed")]
+)
 def test_a_subject_that_does_not_exist_is_refused(script: str, first: str) -> None:
     done = benchmark(script, "--only", "fastest")
     assert done.returncode == 2

@@ -103,7 +103,7 @@ def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool
     specs = [spec for shard in shards for spec in shard.specs]
     with resumed_folder(target, _key(plan, outputs, shards, how), force, how.fsync) as work:
         check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
-        hashes = _write_shards(work, shards, outputs, how, what)
+        hashes = write_shards(work, shards, outputs, what, how.num_workers, how.receipt is not None, how.fsync)
         write_descriptions(work.folder, _final_config(plan.config, specs), shards)
         _copy_extras(model, work.folder, target)
         if how.receipt is not None:
@@ -142,11 +142,14 @@ def _keep_source(plan: Plan, outputs: dict[str, Output], target: Path) -> None:
         raise UnsafeError(f"{target}: would replace what it is made from, {plan.model.path} (choose another name)")
 
 
-def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output], how: Options, what: str) -> Hashes:
+def write_shards(
+    work: Work, shards: Sequence[ShardFile], outputs: dict[str, Output], what: str, workers: int, hashing: bool, fsync: bool
+) -> Hashes:
+    """Writes the shards that are not there yet; the sha256 of all tensors when `hashing`. `what`: the word beside the bar."""
     hashes: Hashes = {}
     before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
     with progress(what, sum(shard.num_bytes for shard in shards) / 1e6, "MB", before / 1e6) as bar:
-        writer = Writer(outputs, how.num_workers, hashing=how.receipt is not None, fsync=how.fsync, bar=bar)
+        writer = Writer(outputs, workers, hashing=hashing, fsync=fsync, bar=bar)
         try:
             for shard in shards:
                 if shard.name not in work.done:

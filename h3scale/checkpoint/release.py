@@ -83,7 +83,8 @@ def model_card(
 ) -> str:
     """The model card: metadata for the hub, then what the model is, how to load it, its experts or its merge, and its scores.
 
-    `conversation`: a short one as the chat template writes it, by which others can see that theirs is the same. `merged`: merge.json.
+    `conversation`: a short one as the chat template writes it, by which others can see that theirs is the same. `merged`: what
+    merge.json says.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

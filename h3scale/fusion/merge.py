@@ -14,13 +14,13 @@ import torch
 
 from h3scale import __version__
 from h3scale.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from h3scale.checkpoint.journal import Work, check_space, resumed_folder
-from h3scale.checkpoint.model_writer import MAX_SHARD_BYTES, MAX_WORKERS
+from h3scale.checkpoint.journal import check_space, resumed_folder
+from h3scale.checkpoint.model_writer import MAX_SHARD_BYTES, MAX_WORKERS, write_shards
 from h3scale.checkpoint.receipt import RECEIPT, make_receipt, sha256
 from h3scale.checkpoint.release import MERGE
 from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
 from h3scale.checkpoint.shards import GENERATION, check_output, copy_tokenizer, write_descriptions, write_json
-from h3scale.checkpoint.stream import Hashes, Output, Piece, Writer
+from h3scale.checkpoint.stream import Output, Piece
 from h3scale.config.merge import MergeRecipe, Options
 from h3scale.config.recipe import DenseFamily
 from h3scale.errors import DataError, UsageError
@@ -133,7 +133,7 @@ def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How |
     shards = plan_shards(plan.tensors, how.max_shard_bytes)
     with resumed_folder(out, _key(plan, shards, how), force, how.fsync) as work:
         check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
-        hashes = _write_shards(work, shards, outputs, how)
+        hashes = write_shards(work, shards, outputs, "merge", how.num_workers, how.receipt, how.fsync)
         write_descriptions(work.folder, plan.config, shards)
         _copy_extras(plan, work.folder)
         write_json(work.folder / MERGE, provenance(plan, how))
@@ -196,21 +196,6 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device: '{device}': {str(error).strip().splitlines()[0]} (works: cpu)") from None
-
-
-def _write_shards(work: Work, shards: list[ShardFile], outputs: dict[str, Output], how: How) -> Hashes:
-    hashes: Hashes = {}
-    before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
-    with progress("merge", sum(shard.num_bytes for shard in shards) / 1e6, "MB", before / 1e6) as bar:
-        writer = Writer(outputs, how.num_workers, hashing=how.receipt, fsync=how.fsync, bar=bar)
-        try:
-            for shard in shards:
-                if shard.name not in work.done:
-                    work.finish(shard.name, writer.write(shard, work.unfinished()))
-                hashes |= work.done[shard.name]
-        finally:
-            writer.close()
-    return hashes
 
 
 def _copy_extras(plan: MergePlan, folder: Path) -> None:

@@ -158,18 +158,18 @@ def test_only_the_wanted_alignments_are_given_and_missing_ones_told(tmp_path: Pa
 
 
 def test_packed_lines_are_read(tmp_path: Path) -> None:
-    path = put(tmp_path, gzip.compress(line()) + gzip.compress(line(id=None)), "r.jsonl.gz")
+    path = put(tmp_path, gzip.compress(line(), mtime=0) + gzip.compress(line(id=None)), "r.jsonl.gz")
     assert read_records([path]) == [RECORD, Record("r-2", "helpful", "Sort 2, 1.", "1, 2")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "finding"),
     [
-        ("r.jsonl", gzip.compress(line()), "a gzip file with another ending (works: a name that ends with .jsonl.gz)"),
-        ("r.csv", gzip.compress(b"a,b\n"), "a gzip file with another ending (works: a name that ends with .jsonl.gz)"),
+        ("r.jsonl", gzip.compress(line(), mtime=0), "a gzip file with another ending (works: a name that ends with .jsonl.gz)"),
+        ("r.csv", gzip.compress(b"a,b\n", mtime=0), "a gzip file with another ending (works: a name that ends with .jsonl.gz)"),
         ("r.jsonl", b"PAR1....PAR1", "a Parquet file with another ending (works: a name that ends with .parquet)"),
         ("r.jsonl.gz", line(), "not a gzip file (works: a name that ends with .jsonl, if it is not packed)"),
-        ("r.jsonl.gz", gzip.compress(line() * 99)[:-9], "the gzip stream has no end: the file was cut off"),
+        ("r.jsonl.gz", gzip.compress(line() * 99, mtime=0)[:-9], "the gzip stream has no end: the file was cut off"),
         ("r.parquet", b"", "not a whole Parquet file (Parquet file size is 0 bytes)"),
         (
             "r.parquet",

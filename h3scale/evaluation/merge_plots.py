@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from h3scale.evaluation.report_colours import ACCENTS, GENERAL, INK, MUTED, PAPER, RULE, colour_of
-from h3scale.evaluation.report_plots import STYLE
+from h3scale.evaluation.report_colours import ACCENTS, GENERAL, INK, MUTED, PAPER, RULE
+from h3scale.evaluation.report_plots import STYLE, named_lines
 
 WRITTEN = 40  # layers, above which cells are too small for numbers
 DARK_SHARE = 0.6  # of a colour's range, from which its ink is paper
@@ -46,12 +46,12 @@ def draw_conflicts(explained: Mapping[str, Any], title: str, path: Path) -> None
 
 
 def draw_search(search: Mapping[str, Any], title: str, path: Path) -> None:
-    """The objective over every value that was searched, each alignment thinner beside it; the rest as at the best place."""
-    best, axes_keys = search["best"], search["searched"]
+    """The objective over every value that was searched, with the best of the other option, and each alignment there."""
+    axes_keys = search["searched"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.6 + 4.2 * len(axes_keys), 3.0), layout="constrained")
         for axes, key in zip(figure.subplots(1, len(axes_keys), squeeze=False)[0], axes_keys, strict=True):
-            _curve(axes, _along(search["trials"], best, key, axes_keys), key)
+            _curve(axes, search["trials"], key)
             axes.set_title("nats per response token", loc="left", color=MUTED, fontsize=9)
         figure.suptitle(fill(title, 48 * len(axes_keys)), x=0.01, ha="left", fontsize=11, fontweight="bold")
         figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.15)
@@ -77,34 +77,25 @@ def _heat_map(figure: Figure, axes: Any, values: np.ndarray, panel: Panel, pairs
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=PAPER if is_dark else INK)
 
 
-def _along(trials: Sequence[Mapping[str, Any]], best: Mapping[str, Any], key: str, keys: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The trials that differ from the best in nothing but one value, in its order. At scaling 0 all is the base."""
-    others = [other for other in keys if other != key]
-    same = [
-        trial
-        for trial in trials
-        if all(trial["point"][other] == best["point"][other] for other in others) or (key == "scaling" and not trial["point"][key])
-    ]
-    return sorted(same, key=lambda trial: float(trial["point"][key]))
+def _lowest(trials: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """Of every value that was tried the best trial, in the values' order."""
+    found: dict[float, Mapping[str, Any]] = {}
+    for trial in sorted(trials, key=lambda trial: (float(trial["point"][key]), float(trial["nll"]))):
+        found.setdefault(trial["point"][key], trial)
+    return list(found.values())
 
 
 def _curve(axes: Any, trials: Sequence[Mapping[str, Any]], key: str) -> None:
-    places = [trial["point"][key] for trial in trials]
+    lowest = _lowest(trials, key)
+    places = [trial["point"][key] for trial in lowest]
+    axes.scatter([trial["point"][key] for trial in trials], [trial["nll"] for trial in trials], s=10, color=GENERAL, zorder=3)
     alignments = list(trials[0]["by_alignment"])
-    for alignment in alignments:
-        values = [trial["by_alignment"][alignment] for trial in trials]
-        colour = colour_of(alignment, alignments)
-        axes.plot(places, values, color=colour, linewidth=1, alpha=0.8)
-        axes.annotate(alignment, (places[-1], values[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center",
-                      fontsize=8, annotation_clip=False)  # fmt: skip
-    values = [trial["nll"] for trial in trials]
-    axes.plot(places, values, color=INK, marker="o", markersize=4)
-    axes.annotate("mean", (places[-1], values[-1]), xytext=(5, 0), textcoords="offset points", color=INK, va="center", fontsize=8,
-                  fontweight="bold", annotation_clip=False)  # fmt: skip
-    lowest = min(range(len(values)), key=lambda i: values[i])
-    axes.axvline(places[lowest], color=GENERAL, linewidth=1, linestyle=(0, (3, 3)))
-    axes.annotate(f"{places[lowest]:g}", (places[lowest], 1), xycoords=("data", "axes fraction"), xytext=(4, -2), color=MUTED,
-                  textcoords="offset points", fontsize=8, va="top")  # fmt: skip
+    curves = {alignment: (places, [trial["by_alignment"][alignment] for trial in lowest]) for alignment in alignments}
+    named_lines(axes, curves | {"mean": (places, [trial["nll"] for trial in lowest])}, alignments, "o")
+    best = min(lowest, key=lambda trial: float(trial["nll"]))["point"][key]
+    axes.axvline(best, color=GENERAL, linewidth=1, linestyle=(0, (3, 3)))
+    axes.annotate(f"{best:g}", (best, 1), xycoords=("data", "axes fraction"), xytext=(-4, -2), color=MUTED,
+                  textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
     axes.set_xlabel(key.replace("_", " "))
 
 

@@ -85,7 +85,7 @@ def _losses(findings: Findings) -> Made:
     curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
     if curves:
         with _axes("step", "nats per response token") as (figure, axes):
-            _lines(axes, curves, findings.alignments)
+            named_lines(axes, curves, findings.alignments)
         _, whole = _curve(lines, "lm")
         title = f"The language-model loss goes from {whole[0]:.3g} to {whole[-1]:.3g}" if whole else "Language-model loss"
         yield "lm_loss", title, f"Training of {findings.main}, mean of neighbouring steps.", figure
@@ -98,7 +98,7 @@ def _losses(findings: Findings) -> Made:
         curves = {run: curve for run, curve in curves.items() if len(curve[0]) > 1}
         if curves:
             with _axes("step", "nats per target token") as (figure, axes):
-                _lines(axes, curves, findings.alignments)
+                named_lines(axes, curves, findings.alignments)
             yield name, title, note, figure
 
 
@@ -127,7 +127,7 @@ def _accuracy_steps(findings: Findings) -> Made:
         return
     with _axes("step", "votes for the record's alignment") as (figure, axes):
         _share_axis(axes)
-        _lines(axes, curves, findings.alignments)
+        named_lines(axes, curves, findings.alignments)
         axes.axhline(1 / len(findings.alignments), color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         axes.annotate("chance", (1, 1 / len(findings.alignments)), xycoords=("axes fraction", "data"), color=MUTED,
                       xytext=(0, -3), textcoords="offset points", fontsize=8, ha="right", va="top")  # fmt: skip
@@ -144,7 +144,7 @@ def _layers(findings: Findings) -> Made:
     present = [a for a in findings.alignments if a in layers[0]["accuracy"]]
     with _axes("layer", "held-out records routed right") as (figure, axes):
         _share_axis(axes)
-        _lines(axes, {a: (numbers, [layer["accuracy"][a] for layer in layers]) for a in present}, findings.alignments, "o")
+        named_lines(axes, {a: (numbers, [layer["accuracy"][a] for layer in layers]) for a in present}, findings.alignments, "o")
     best = max(range(len(layers)), key=lambda i: layers[i]["macro"])
     title = f"Layer {best + 1} alone tells best: {layers[best]['macro']:.1%}"
     yield "router_by_layer", title, "Each layer's router by itself; all layers together vote in the figures above.", figure
@@ -236,7 +236,7 @@ def _curve(lines: Sequence[Line], key: str) -> tuple[list[float], list[float]]:
     return steps, [sum(value for _, value in part) / len(part) for part in parts]
 
 
-def _lines(axes: Any, curves: dict[str, tuple[list[float], list[float]]], alignments: Sequence[str], marker: str = "") -> None:
+def named_lines(axes: Any, curves: dict[str, tuple[list[float], list[float]]], alignments: Sequence[str], marker: str = "") -> None:
     """Lines with their names at their ends, moved apart where they would overlap; no legend to look up."""
     extra = [name for name in curves if name not in alignments]
     greys = (INK, MUTED, GENERAL)

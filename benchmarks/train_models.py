@@ -103,7 +103,7 @@ def write_deepspeed(path: Path, stage: int, bf16: bool = False) -> None:
     zero: Row = {"stage": stage, "overlap_comm": on_gpu}
     if stage == 3 and not on_gpu:
         zero["stage3_param_persistence_threshold"] = 0
-    values: Row = {"zero_optimization": zero, "expert_parallel": {"use_grouped_mm": on_gpu}, "steps_per_print": 10**9}
+    values: Row = {"zero_optimization": zero, "steps_per_print": 10**9}
     if bf16:
         values |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     path.write_text(json.dumps(values), encoding="utf-8")

@@ -90,7 +90,7 @@ def rank(work: Path) -> None:
     first = train_ours.begin(settings[0], work / "lines-start")
     engine, loader = first.run.engine, first.loader
     steps: dict[str, Callable[[int], Row]] = {PLAIN: lambda step: _plain(first, step)}
-    experts = [module for module in engine.module.modules() if type(module).__name__ == "GroupedExperts"]
+    experts = [module for module in engine.module.modules() if type(module).__name__ == "ChosenExperts"]
     for number, (name, variant) in enumerate(VARIANTS.items()):
         run = first.run if variant.routed else replace(first.run, expert_map=None)
         with _forwards(experts) as own:

@@ -20,6 +20,7 @@ Router = Annotated[str, typer.Option("--router", help="trained, uniform (all exp
 Generate = Annotated[int, typer.Option("--generate", min=0, help="Answers to generate for each alignment (exact match).")]
 ExcludeSource = Annotated[list[str] | None, typer.Option("--exclude-source", help="Score again without such a source.")]
 BagTrain = Annotated[list[Path] | None, typer.Option("--bag-train", help="Fit a bag-of-words baseline on these records.")]
+Experts = Annotated[str, typer.Option("--experts", help="What computes experts, as `experts` in a recipe.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -31,6 +32,7 @@ def evaluate(
     generate: Generate = 0,
     exclude_source: ExcludeSource = None,
     bag_train: BagTrain = None,
+    experts: Experts = "auto",
     force: Force = False,
 ) -> None:
     """Score models on held-out records: NLL per response token, router accuracy, exact match.
@@ -48,7 +50,7 @@ def evaluate(
     heldout = read_records(records)
     train = read_records(bag_train) if bag_train else []
     results, scores = _evaluate_all(
-        dict(zip(names, models, strict=True)), heldout, train, Options(router, generate, tuple(exclude_source or ()))
+        dict(zip(names, models, strict=True)), heldout, train, Options(router, generate, tuple(exclude_source or ()), experts)
     )
     paired = _paired(scores)
     if paired:
@@ -86,7 +88,7 @@ def _evaluate_all(
     encodings: dict[tuple[bytes, ...], tuple[Any, Any]] = {}
     results, scores = {}, {}
     for name, folder in models.items():
-        model, tokenizer = open_model(folder)
+        model, tokenizer = open_model(folder, options.experts)
         key = tuple((folder / file).read_bytes() if (folder / file).is_file() else b"" for file in TOKENIZER_FILES)
         if key not in encodings:
             encoded = encode_records(tokenizer, heldout)

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 Model = Annotated[Path, typer.Argument(help="A model folder.", show_default=False)]
 Prompt = Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer, in tokens.")]
+Experts = Annotated[str, typer.Option("--experts", help="What computes experts, as `experts` in a recipe.")]
 
 BAR = 32  # columns of a full bar
 COLOURS = ("blue", "red", "green", "magenta", "cyan", "yellow")
 
 
-def generate(model: Model, prompt: Prompt, max_new_tokens: MaxNewTokens = 256) -> None:
+def generate(model: Model, prompt: Prompt, max_new_tokens: MaxNewTokens = 256, experts: Experts = "auto") -> None:
     """Answer a prompt, and for a fused model show which experts answered.
 
     Example: h3scale generate models/fused "Put in order: 7, 3, 9."
@@ -30,7 +31,7 @@ def generate(model: Model, prompt: Prompt, max_new_tokens: MaxNewTokens = 256) -
     from h3scale.evaluation.evaluate import open_model
     from h3scale.evaluation.generate import generate as answer_prompt
 
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(model, experts)
     answer = answer_prompt(loaded, tokenizer, prompt, max_new_tokens)
     _show(answer)
 

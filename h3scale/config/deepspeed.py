@@ -98,7 +98,8 @@ def complete(
         zero_force_ds_cpu_optimizer=False,  # torch's takes its place where there is no GPU
     )
     if moe:
-        chosen = {"enabled": True, "autoep_size": ep_size, "preset_model": moe[0]}
+        # Experts get a forward that is not DeepSpeed's (train.expert_compute): it must not look for kernels that nobody will use.
+        chosen = {"enabled": True, "autoep_size": ep_size, "preset_model": moe[0], "use_grouped_mm": False}
         config["expert_parallel"] = {**values.get("expert_parallel", {}), **chosen}
     else:
         config.pop("expert_parallel", None)

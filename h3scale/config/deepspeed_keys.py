@@ -76,11 +76,8 @@ class ZeroOptimization(Strict):
 
 
 class ExpertParallel(Strict):
-    use_grouped_mm: bool = True
-    disable_triton_grouped_mm: bool = False
     combine_impl: Literal["weighted_sum", "fused_weighted_sum", "legacy_bmm"] = "weighted_sum"
     row_weighting_impl: Literal["eager", "fused"] = "eager"
-    gate_up_impl: Literal["separate", "fused"] = "separate"
     comm_backend: Literal["comm", "deepep"] = "comm"
     comm_num_sm: Count = 0
     comm_qp_margin: Count = 0
@@ -137,6 +134,9 @@ OWNED = {
         "activation_checkpointing: true; DeepSpeed's section is for models that call its own function, and has no effect here"
     ),
     "expert_parallel.autoep_size": "ep_size",
+    **dict.fromkeys(
+        [f"expert_parallel.{key}" for key in ("use_grouped_mm", "disable_triton_grouped_mm", "gate_up_impl")], "experts"
+    ),
     **dict.fromkeys(("tensorboard", "wandb"), "tracking"),
 }
 # What h3scale itself hands to DeepSpeed, and by what it goes.

@@ -13,6 +13,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 DenseFamily = Literal["llama", "mistral", "qwen3"]
+ExpertCompute = Literal["auto", "loop", "grouped_mm", "megablocks", "megablocks_grouped"]  # model.expert_compute
 Group = Literal["experts", "router", "ffn", "attention", "norms", "embeddings"]  # of parameters, see model.trainable
 
 
@@ -190,6 +191,9 @@ class TrainRecipe(Strict):
     evaluation: Evaluation | None = None
     save: Save = Save()
     tracking: Tracking = Tracking()
+    # The kernels that compute experts. auto takes torch's grouped GEMM on Hopper and later and a loop elsewhere; all give the same
+    # but for rounding. megablocks (block-sparse) and megablocks_grouped need `make megablocks`. A dense model has no use for it.
+    experts: ExpertCompute = "auto"
     # Keeps a block's input alone and computes the rest again in backward: a third more time for much less memory.
     activation_checkpointing: bool = False
     deepspeed: str

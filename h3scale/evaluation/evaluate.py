@@ -13,6 +13,7 @@ from h3scale.errors import UsageError
 from h3scale.evaluation.generate import Sample, choose, exact_match
 from h3scale.evaluation.routing import ROUTER_MODES, RoutingTally, route_for, route_for_alignment
 from h3scale.evaluation.score import RecordScore, Scores, score_encoded, summarise
+from h3scale.model.expert_compute import NAMES
 from h3scale.model.experts import ExpertMap
 from h3scale.model.start import check_tokenizer, load_model, load_tokenizer
 
@@ -21,25 +22,31 @@ MAX_NEW_TOKENS = 256
 
 @dataclass(frozen=True)
 class Options:
-    """router: trained, uniform or oracle. generate: answers an alignment. exclude_sources: scored again without these."""
+    """router: trained, uniform or oracle. generate: answers an alignment. exclude_sources: scored again without these.
+
+    experts: what computes a fused model's.
+    """
 
     router: str = "trained"
     generate: int = 0
     exclude_sources: tuple[str, ...] = ()
+    experts: str = "auto"
 
     def __post_init__(self) -> None:
         if self.router not in ROUTER_MODES:
             raise UsageError(f"--router: '{self.router}' is none of {', '.join(ROUTER_MODES)}")
 
 
-def open_model(folder: str | Path) -> tuple[Any, Any]:
-    """Model (fp32, evaluating, on the GPU if there is one) and tokenizer of a folder.
+def open_model(folder: str | Path, experts: str = "auto") -> tuple[Any, Any]:
+    """Model (fp32, evaluating, on the GPU if there is one) and tokenizer of a folder; `experts` computes a fused model's.
 
     Raises MissingInputError (66) and DataError (65), also when the tokenizer knows more tokens than the model.
     """
+    if experts not in NAMES:
+        raise UsageError(f"--experts: '{experts}' is none of {', '.join(NAMES)}")
     _ = ModelFolder(folder).specs  # its findings are clearer than transformers'
     tokenizer = load_tokenizer(folder)
-    model: Any = load_model(folder, torch.float32).eval()
+    model: Any = load_model(folder, torch.float32, experts).eval()
     check_tokenizer(model, tokenizer, str(folder))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from h3scale.config.recipe import Architecture
 from h3scale.errors import DataError, MissingInputError
+from h3scale.model.expert_compute.in_transformers import use_experts
 from h3scale.model.trainable import whole_shape
 
 
@@ -22,10 +23,11 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise DataError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, experts: str = "auto") -> nn.Module:
     """A causal language model of a folder, on the CPU, in `dtype`; no hub, no remote code.
 
-    Raises DataError (65) when weights are missing or left over: transformers itself fills gaps with random numbers.
+    `experts`: what computes a fused model's (model.expert_compute). Raises DataError (65) when weights are missing or left over:
+    transformers itself fills gaps with random numbers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -43,6 +45,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Mod
     findings += [f"{folder}: '{item[0]}' has another shape than the config says" for item in info["mismatched_keys"]]
     if findings:
         raise DataError(findings)
+    use_experts(model, experts)
     return model
 
 

@@ -13,7 +13,6 @@ under reentrant activation checkpointing, and the ZeRO-3 weights it needs would 
 Shape suffixes: R rows (tokens sorted by expert, padded), H hidden, E this rank's experts.
 """
 
-import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from h3scale.config.recipe import Drift
-from h3scale.errors import ConfigError
 from h3scale.model.experts import ExpertMap
 from h3scale.train.anchor import Anchor, Held
+from h3scale.train.expert_compute import MATRICES
 
-MATRICES = ("w1", "w2", "w3")
-ARGUMENTS = ["self", "x", "num_tokens_per_expert"]
 SMALLEST_MEAN_SQUARE = 1e-8  # of E0(x): below, an output is as good as none, and a distance relative to it means nothing
 
 
@@ -35,7 +32,6 @@ class ActivationDrift(Anchor):
     """Holds the outputs of the experts of a DeepSpeed engine; it stays in the forward of the engine's experts.
 
     `num_routed`: tokens x top_k of a global batch. `parts`: ranks x micro-batches of a step, which DeepSpeed averages over.
-    ConfigError (78) when DeepSpeed's experts are not as this needs them.
     """
 
     def __init__(
@@ -50,7 +46,6 @@ class ActivationDrift(Anchor):
             by_experts.setdefault(held.shard.name.rsplit(".", 1)[0], []).append(held)
         for name, matrices in by_experts.items():
             experts = engine.module.get_submodule(name)
-            check_experts(experts)
             first = engine.module.get_submodule(name.rsplit(".", 1)[0]).ep_rank * experts.num_experts
             factors = [gamma / (num_layers * num_routed) for gamma in self.gammas[first : first + experts.num_experts]]
             if any(factors):
@@ -160,15 +155,3 @@ def run(experts: nn.Module, weights: dict[str, Tensor], input_RH: Tensor, counts
     settings = {name: value for name, value in vars(experts).items() if not name.startswith("_") and name != "forward"}
     stand_in: Any = SimpleNamespace(**settings, **weights)
     return type(experts).forward(stand_in, input_RH, counts_E)
-
-
-def check_experts(experts: nn.Module) -> None:
-    """ConfigError (78) unless forward takes rows and counts, and w1, w2, w3 are all the weights."""
-    arguments = list(inspect.signature(type(experts).forward).parameters)
-    matrices = sorted(name for name, _ in experts.named_parameters())
-    if arguments != ARGUMENTS or matrices != list(MATRICES):
-        raise ConfigError(
-            f"drift.kind: activations needs experts with forward({', '.join(ARGUMENTS)}) and weights {', '.join(MATRICES)} as in "
-            f"DeepSpeed 0.19.8, and here they are {type(experts).__name__}.forward({', '.join(arguments)}) with "
-            f"{', '.join(matrices)} (works: drift.kind: weights)"
-        )

@@ -23,6 +23,7 @@ from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, ran
 from h3scale.model.trainable import freeze, group_of, what_is_trained, whole_shape
 from h3scale.train.anchor import expert_gammas
 from h3scale.train.balance import check_balance
+from h3scale.train.expert_compute import use_experts
 from h3scale.train.load import computes_in, empty_model, fill, freed_memory_returned, rounding
 
 
@@ -86,6 +87,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
             # Reentrant checkpoints would record the router's logits without their graph: a router loss without gradient.
             cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, optimizer=None, model_parameters=groups)
+        use_experts(engine.module, recipe.experts)
         if recipe.model and zero_stage:
             fill(engine, Path(recipe.model))
             lost = rounding(ModelFolder(recipe.model), engine.module, computes_in(ds_config))

@@ -36,7 +36,7 @@ from h3scale.versions import versions
 SAMPLE = 2**20  # bytes at the beginning, the middle and the end of a file
 # What may change without anybody being asked: it changes neither the order of the records nor the losses.
 FREE = (
-    *("out", "ranks", "ep_size", "rows_per_micro_batch", "model", "tokenizer", "deepspeed"),
+    *("out", "ranks", "ep_size", "rows_per_micro_batch", "model", "tokenizer", "deepspeed", "experts"),
     *("tracking", "save", "guards", "collective_timeout_s", "data.prepared"),
 )
 STAGES = ((0,), (1, 2), (3,))  # of which the runs keep checkpoints and models alike

@@ -8,23 +8,27 @@ import signal
 import sys
 
 from h3scale import log
+from h3scale.train import expert_compute
 from h3scale.train.__main__ import main
 
 CALLS_PER_STEP = 2 * 4  # layers x micro-batches of a rank
 
 
 def stop_later() -> None:
-    from deepspeed.moe.ep_experts import GroupedExperts
+    plain, calls = expert_compute.choose, [0]
 
-    plain, calls = GroupedExperts.forward, [0]
+    def choose(name: str) -> object:
+        backend = plain(name)
 
-    def forward(*arguments: object) -> object:
-        calls[0] += 1
-        if calls[0] == CALLS_PER_STEP + 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return plain(*arguments)
+        def compute(*arguments: object) -> object:
+            calls[0] += 1
+            if calls[0] == CALLS_PER_STEP + 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return backend(*arguments)
 
-    GroupedExperts.forward = forward
+        return compute
+
+    expert_compute.choose = choose
 
 
 if __name__ == "__main__":

@@ -29,16 +29,15 @@ RUNS = {  # what happens to a run, and the overrides
     "left out for ever": ("left out for ever", []),
     "diverged": ("loss for ever", []),
 }
-EP = {"expert_parallel": {"use_grouped_mm": False}}
 STAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "ZeRO-3, EP 2": (
         ["ep_size=2", "router.balance_weight=0.7", "drift.kind=activations"],
-        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, **EP},
+        {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     ),
     "ZeRO-3 with offload, EP 2": (
-        ["ep_size=2"], {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, **EP},
+        ["ep_size=2"], {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
     ),
-    "ZeRO-2, EP 2": (["ep_size=2"], {"zero_optimization": {"stage": 2}, **EP}),
+    "ZeRO-2, EP 2": (["ep_size=2"], {"zero_optimization": {"stage": 2}}),
     "ZeRO-1, bf16, dense": (
         ["model=DENSE", "trainable=[all]"],
         {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},

@@ -26,9 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, stage: int) -> str:
-    (folder / "ds.json").write_text(
-        json.dumps({"zero_optimization": {"stage": stage}, "expert_parallel": {"use_grouped_mm": False}})
-    )
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return f"deepspeed={folder / 'ds.json'}"
 
 

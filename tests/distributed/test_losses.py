@@ -55,7 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["data"]["prompt_weight"] = 0.25
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for stage in (1, 2):
-        settings = {"zero_optimization": {"stage": stage}, "expert_parallel": {"use_grouped_mm": False}}
+        settings = {"zero_optimization": {"stage": stage}}
         (folder / f"zero{stage}.json").write_text(json.dumps(settings))
     return folder
 

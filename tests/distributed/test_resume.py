@@ -26,9 +26,9 @@ STAGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     **GUARDED,
     "ZeRO-3, bf16, EP 2": (
         ["ep_size=2", "evaluation={records: [RECORDS], every: 1, keep_best: true}"],
-        {"zero_optimization": {"stage": 3}, "expert_parallel": {"use_grouped_mm": False}, **BF16},
+        {"zero_optimization": {"stage": 3}, **BF16},
     ),
-    "ZeRO-1, EP 2": (["ep_size=2"], {"zero_optimization": {"stage": 1}, "expert_parallel": {"use_grouped_mm": False}}),
+    "ZeRO-1, EP 2": (["ep_size=2"], {"zero_optimization": {"stage": 1}}),
     "no ZeRO, LoRA": (
         ["model=DENSE", "trainable=[ffn]", "lora={dropout: 0.3}", "evaluation={records: [RECORDS], every: 1, keep_best: true}"],
         {"zero_optimization": {"stage": 0}},

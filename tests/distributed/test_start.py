@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(world: Path, out: Path, ranks: int, settings: dict[str, Any], *overrides: str) -> dict[str, Any]:
-    ds_config = {"zero_optimization": {"stage": 3}, "expert_parallel": {"use_grouped_mm": False}, **settings}
+    ds_config = {"zero_optimization": {"stage": 3}, **settings}
     (out / "ds.json").write_text(json.dumps(ds_config))
     words = [str(world / "recipe.yaml"), str(out), f"deepspeed={out / 'ds.json'}", *overrides]
     assert run_ranks(rank_command("tests.distributed.dump_start", words), ranks) == 0

@@ -50,10 +50,12 @@ def test_what_the_recipe_owns_is_refused_with_the_recipes_word(tmp_path: Path) -
 
 def test_typos_that_deepspeed_would_ignore_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_deepspeed(write(tmp_path, {"zero_optimisation": {}, "expert_parallel": {"use_grouped_mn": True, "autoep_size": 2}}))
+        read_deepspeed(
+            write(tmp_path, {"zero_optimisation": {}, "expert_parallel": {"combine_imp": "legacy_bmm", "autoep_size": 2}})
+        )
     text = str(caught.value)
     assert "did you mean 'zero_optimization'?" in text
-    assert "did you mean 'use_grouped_mm'?" in text
+    assert "did you mean 'combine_impl'?" in text
     assert "expert_parallel.autoep_size: the recipe owns this (set ep_size there)" in text
 
 

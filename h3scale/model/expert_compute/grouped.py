@@ -1,0 +1,32 @@
+"""torch's grouped GEMM: one kernel for all experts, and no wait for the counts. Real on Hopper and later; elsewhere a loop.
+
+Shape suffixes: R rows, E experts, K and N any two widths.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALIGNED_BYTES = 16  # of every row, or torch refuses
+HOPPER = (9, 0)
+
+
+class Grouped:
+    """Kernels of model.expert_compute.swiglu. fp32 and bf16; widths are multiples of 16 bytes."""
+
+    def groups(self, counts_E: Tensor) -> Tensor:
+        return counts_E.cumsum(0, dtype=torch.int32)
+
+    def product(self, rows_RK: Tensor, weight_EKN: Tensor, groups: Tensor) -> Tensor:
+        return F.grouped_mm(rows_RK, weight_EKN, offs=groups)
+
+    def outer(self, left_RN: Tensor, right_RK: Tensor, groups: Tensor) -> Tensor:
+        return F.grouped_mm(left_RN.mT, right_RK, offs=groups)
+
+
+def is_real(weight_ENK: Tensor) -> bool:
+    """Whether torch has a kernel of its own for such weights here; it has a loop where not, or refuses."""
+    if not weight_ENK.is_cuda or weight_ENK.dtype != torch.bfloat16:
+        return False
+    aligned = all(width * weight_ENK.element_size() % ALIGNED_BYTES == 0 for width in weight_ENK.shape[1:])
+    return aligned and torch.cuda.get_device_capability(weight_ENK.device) >= HOPPER

@@ -1,0 +1,44 @@
+"""The backends by name. Each computes the same; `auto` takes the fastest one that is right where it is asked."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from h3scale.errors import ConfigError
+from h3scale.model.expert_compute.grouped import Grouped, is_real
+from h3scale.model.expert_compute.loop import Loop
+from h3scale.model.expert_compute.swiglu import swiglu
+
+# (rows (R, H) sorted by expert, counts (E,), w1 (E, I, H), w2 (E, H, I), w3 (E, I, H)) -> (R, H). Without w3, w1 is gate above
+# up, (E, 2I, H). Rows after the last expert's belong to nobody.
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+LOOP, GROUPED = Loop(), Grouped()
+
+
+def _auto(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None) -> Tensor:
+    return swiglu(GROUPED if is_real(w1) and is_real(w2_EHI) else LOOP, rows_RH, counts_E, w1, w2_EHI, w3)
+
+
+def _megablocks(mode: str) -> Backend:
+    from h3scale.model.expert_compute.megablocks import load
+
+    return load(mode)
+
+
+_BACKENDS: dict[str, Callable[[], Backend]] = {
+    "auto": lambda: _auto,
+    "loop": lambda: partial(swiglu, LOOP),
+    "grouped_mm": lambda: partial(swiglu, GROUPED),
+    "megablocks": lambda: _megablocks("sparse"),
+    "megablocks_grouped": lambda: _megablocks("grouped"),
+}
+NAMES = tuple(_BACKENDS)
+
+
+def choose(name: str, where: str = "experts") -> Backend:
+    """The backend of that name. ConfigError (78) for a name that is none, and for packages that are not installed."""
+    if name not in _BACKENDS:
+        raise ConfigError(f"{where}: {name} (works: {', '.join(NAMES)})")
+    return _BACKENDS[name]()

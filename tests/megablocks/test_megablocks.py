@@ -1,0 +1,99 @@
+"""MegaBlocks' real packages beside current torch, on a CPU under Triton's interpreter; on a GPU its kernels as they are.
+
+make test-megablocks
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from h3scale.errors import ConfigError
+from h3scale.model.expert_compute import Backend, choose
+from tests.expert_case import CHOICES, Case
+
+pytestmark = pytest.mark.megablocks
+
+SIZES = {"experts": 3, "hidden": 128, "inner": 256}  # blocks of 128, and no two sizes alike
+BOTH = ("megablocks", "megablocks_grouped")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """Triton looks for it when its kernels are defined."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRITON_INTERPRET", "1")
+    yield
+    patch.undo()
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_block_sparse_experts_give_what_float64_gives(kind: str) -> None:
+    Case(CHOICES[kind], **SIZES, dtype=torch.float32).check(choose("megablocks"), stacked=kind == "skewed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", CHOICES)
+def test_grouped_experts_give_what_float64_gives(kind: str, dtype: torch.dtype) -> None:
+    Case(CHOICES[kind], **SIZES, dtype=dtype).check(choose("megablocks_grouped"), stacked=kind == "skewed")
+
+
+def in_autoep(backend: Backend, weights: list[torch.Tensor], rows: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+    total = int(counts.sum())
+    output = backend(rows, counts, *weights)
+    gradients = torch.autograd.grad(output[:total].sin().sum(), [rows, *weights])
+    return [output[:total].detach(), gradients[0][:total], *gradients[1:]]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_rows_of_nobody_may_hold_anything_and_weights_may_be_taken_away_meanwhile(name: str) -> None:
+    *weights, _ = Case([[0]], **SIZES, dtype=torch.float32).inputs()[2:]
+    for weight in weights:
+        weight.requires_grad_()
+    rows = torch.randn(40, SIZES["hidden"])
+    rows[32:] = torch.nan
+    rows.requires_grad_()
+    counts = torch.tensor([24, 0, 8], dtype=torch.int32)
+    wanted = in_autoep(choose("loop"), weights, rows, counts)
+
+    copies = [weight.detach().clone() for weight in weights]
+
+    def taken(*arguments: torch.Tensor) -> torch.Tensor:
+        output = choose(name)(*arguments)
+        gathered = [StorageWeakRef(weight.data.untyped_storage()) for weight in weights]
+        for weight in weights:
+            weight.data = torch.empty(0)
+        assert all(storage.expired() for storage in gathered)
+        for weight, copy in zip(weights, copies, strict=True):
+            weight.data = copy
+        return output
+
+    for found, want in zip(in_autoep(taken, weights, rows, counts), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_no_tokens_at_all_give_nothing() -> None:
+    *weights, _ = Case([[0]], **SIZES, dtype=torch.float32).inputs()[2:]
+    rows, counts = torch.randn(8, SIZES["hidden"]), torch.zeros(3, dtype=torch.int32)
+    assert choose("megablocks")(rows, counts, *weights).shape == rows.shape
+
+
+@pytest.mark.parametrize("sizes", [{"hidden": 64, "inner": 128}, {"hidden": 128, "inner": 192}])
+def test_sizes_that_are_no_blocks_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=rf"blocks of 128, .* {sizes['hidden']} and {sizes['inner']} \(works: megablocks_grouped"):
+        Case([[0, 1]], experts=2, dtype=torch.float32, **sizes).found(choose("megablocks"), False)
+
+
+def test_what_the_interpreter_computes_wrong_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"bf16 needs a GPU"):
+        Case([[0, 1]], **SIZES, dtype=torch.bfloat16).found(choose("megablocks"), False)
+
+
+def test_without_gpu_and_interpreter_it_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "TRITON_INTERPRET" not in os.environ
+    with pytest.raises(ConfigError, match=r"megablocks needs a GPU \(works: auto; TRITON_INTERPRET=1"):
+        choose("megablocks")

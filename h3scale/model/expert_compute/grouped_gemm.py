@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from h3scale.model.expert_compute.grouped import Grouped, is_real
-from h3scale.model.expert_compute.loop import Loop
+from h3scale.model.expert_compute.loop import LoopGemms
 
 
 class _Gmm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RK: Tensor, weight: Tensor, counts_E: Tensor, trans_b: bool) -> Tensor:
-        ctx.gemms = Grouped() if is_real(weight) else Loop()
+        ctx.gemms = Grouped() if is_real(weight) else LoopGemms()
         ctx.groups, ctx.trans_b = ctx.gemms.groups(counts_E.to(rows_RK.device)), trans_b
         ctx.save_for_backward(rows_RK, weight)
         return ctx.gemms.product(rows_RK, weight.mT if trans_b else weight, ctx.groups)

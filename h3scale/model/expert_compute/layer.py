@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from h3scale.model.expert_compute.registry import Backend
 
+CACHED_TOKENS = 256
+
 
 def mix(
     backend: Backend, hidden_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None
@@ -23,43 +25,57 @@ def mix(
     expert_R, order_R = chosen_TK.flatten().sort(stable=True)
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    place_TK = place_R.view_as(chosen_TK)
     counts_E = torch.zeros(len(w2_EHI), dtype=torch.int64, device=expert_R.device)
     counts_E.scatter_add_(0, expert_R, torch.ones_like(expert_R))
-    rows_RH = _Sort.apply(hidden_TH, order_R, place_R, chosen_TK.shape[1])
+    rows_RH = _Sort.apply(hidden_TH, order_R, place_TK)
     rows_RH = backend(rows_RH, counts_E, w1, w2_EHI, w3)
-    return _Sum.apply(rows_RH, weights_TK, order_R, place_R).to(hidden_TH.dtype)
+    return _Sum.apply(rows_RH, weights_TK, place_TK)
 
 
 class _Sort(torch.autograd.Function):
     """Each token once for each of its experts, in their order. Indexing's own backward adds up row by row, or with atomics."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, order_R: Tensor, place_R: Tensor, choices: int) -> Tensor:
-        ctx.choices = choices
-        ctx.save_for_backward(place_R)
-        return hidden_TH[order_R // choices]
+    def forward(ctx: Any, hidden_TH: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return hidden_TH[order_R // place_TK.shape[1]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RH: Tensor) -> Any:
-        (place_R,) = ctx.saved_tensors
-        return grad_RH[place_R].unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+        (place_TK,) = ctx.saved_tensors
+        grad_TH = grad_RH.new_empty(len(place_TK), grad_RH.shape[1])
+        exact = torch.promote_types(grad_RH.dtype, torch.float32)
+        for piece in _pieces(place_TK):
+            grad_TH[piece] = grad_RH[place_TK[piece]].to(exact).sum(1)
+        return grad_TH, None, None
 
 
 class _Sum(torch.autograd.Function):
     """The rows back in the order of the tokens, weighted and summed."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, weights_TK: Tensor, order_R: Tensor, place_R: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_RH, weights_TK, order_R, place_R)
-        weighted_RH = rows_RH * weights_TK.flatten()[order_R].unsqueeze(-1)
-        return weighted_RH[place_R].unflatten(0, weights_TK.shape).sum(1)
+    def forward(ctx: Any, rows_RH: Tensor, weights_TK: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RH, weights_TK, place_TK)
+        output_TH = rows_RH.new_empty(len(place_TK), rows_RH.shape[1])
+        for piece in _pieces(place_TK):
+            output_TH[piece] = (rows_RH[place_TK[piece]] * weights_TK[piece].unsqueeze(-1)).sum(1)
+        return output_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> Any:
-        rows_RH, weights_TK, order_R, place_R = ctx.saved_tensors
-        grad_RH = grad_TH[order_R // weights_TK.shape[1]]
-        grad_weights_R = (grad_RH * rows_RH).sum(-1)
-        grad_rows_RH = (grad_RH * weights_TK.flatten()[order_R].unsqueeze(-1)).to(rows_RH.dtype)
-        return grad_rows_RH, grad_weights_R[place_R].view_as(weights_TK).to(weights_TK.dtype), None, None
+        rows_RH, weights_TK, place_TK = ctx.saved_tensors
+        grad_rows_RH, grad_weights_TK = torch.empty_like(rows_RH), torch.empty_like(weights_TK)
+        for piece in _pieces(place_TK):
+            grad_T1H = grad_TH[piece].to(weights_TK.dtype).unsqueeze(1)
+            grad_weights_TK[piece] = (rows_RH[place_TK[piece]] * grad_T1H).sum(-1)
+            grad_rows_RH[place_TK[piece]] = (weights_TK[piece].unsqueeze(-1) * grad_T1H).to(rows_RH.dtype)
+        return grad_rows_RH, grad_weights_TK, None
+
+
+def _pieces(place_TK: Tensor) -> list[slice]:
+    """All tokens at once on a GPU; on a CPU so many that what is made of them on the way stays in its cache."""
+    step = len(place_TK) if place_TK.is_cuda else CACHED_TOKENS
+    return [slice(first, first + step) for first in range(0, len(place_TK), step)]

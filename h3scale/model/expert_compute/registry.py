@@ -7,18 +7,20 @@ from torch import Tensor
 
 from h3scale.errors import ConfigError
 from h3scale.model.expert_compute.grouped import Grouped, is_real
-from h3scale.model.expert_compute.loop import Loop
+from h3scale.model.expert_compute.loop import loop
 from h3scale.model.expert_compute.swiglu import swiglu
 
 # (rows (R, H) sorted by expert, counts (E,), w1 (E, I, H), w2 (E, H, I), w3 (E, I, H)) -> (R, H). Without w3, w1 is gate above
 # up, (E, 2I, H). Rows after the last expert's belong to nobody.
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
-LOOP, GROUPED = Loop(), Grouped()
+GROUPED = Grouped()
 
 
 def _auto(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None) -> Tensor:
-    return swiglu(GROUPED if is_real(w1) and is_real(w2_EHI) else LOOP, rows_RH, counts_E, w1, w2_EHI, w3)
+    if is_real(w1) and is_real(w2_EHI):
+        return swiglu(GROUPED, rows_RH, counts_E, w1, w2_EHI, w3)
+    return loop(rows_RH, counts_E, w1, w2_EHI, w3)
 
 
 def _megablocks(mode: str) -> Backend:
@@ -29,7 +31,7 @@ def _megablocks(mode: str) -> Backend:
 
 _BACKENDS: dict[str, Callable[[], Backend]] = {
     "auto": lambda: _auto,
-    "loop": lambda: partial(swiglu, LOOP),
+    "loop": lambda: loop,
     "grouped_mm": lambda: partial(swiglu, GROUPED),
     "megablocks": lambda: _megablocks("sparse"),
     "megablocks_grouped": lambda: _megablocks("grouped"),

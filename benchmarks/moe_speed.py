@@ -1,0 +1,177 @@
+"""Forward and backward of a layer of experts, timed in rounds that take turns, beside a dense FFN on the same rows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import moe_peers as peers
+import torch
+from measure import Row, Timing, interleaved
+from moe_peers import DENSE, OURS, NotHere, Sizes, Weights
+from torch import Tensor
+from train_models import TOP_K
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ROUTER_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # a gradient that is a difference
+CHECKED_TOKENS = 256
+FLOPS_PER_WEIGHT = 6  # forward, and backward by input and by weight, a multiplication and an addition each
+MATRICES = 3
+ALL = (
+    *(OURS, peers.OURS_AUTOEP, peers.EAGER, peers.GROUPED, peers.BATCHED, peers.PUBLISHED, peers.DEEPSPEED),
+    *(peers.SPARSE, peers.MEGA_GROUPED),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    experts: int
+    tokens: int
+    hidden: int
+    inner: int
+    dtype: torch.dtype = torch.bfloat16
+    load: str = "balanced"
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _shapes(tiny: bool) -> list[Shape]:
+    """Coarse experts of the sizes that are fused; on a GPU those of Llama-2-7B and Mixtral, and one of fine ones."""
+    if tiny:
+        return [Shape(3, 24, 64, 96), Shape(3, 24, 64, 96, torch.float32)]
+    if device() == "cpu":
+        some = [(3, 512), (3, 2048), (8, 512), (8, 2048), (16, 512), (16, 4096)]
+        exact = [Shape(experts, 512, 512, 1792, torch.float32) for experts in (3, 8)]
+        return [*[Shape(experts, tokens, 512, 1792) for experts, tokens in some], *exact]
+    some = [(experts, inner, tokens) for experts in (3, 8) for inner in (11008, 14336) for tokens in (4096, 16384)]
+    return [*[Shape(experts, tokens, 4096, inner) for experts, inner, tokens in some], Shape(16, 8192, 4096, 11008), *_fine()]
+
+
+def _fine() -> list[Shape]:
+    return [Shape(64, 16384, 4096, 1024)]
+
+
+def layer(tiny: bool, work: Path) -> list[Row]:
+    """Balanced load at every size."""
+    return [row for shape in _shapes(tiny) for row in _case(shape, 2 if tiny else 7)]
+
+
+def loads(tiny: bool, work: Path) -> list[Row]:
+    """The same size with the loads that routers make."""
+    size = (24, 64, 96) if tiny else (2048, 512, 1792) if device() == "cpu" else (16384, 4096, 14336)
+    shapes = [Shape(8, *size, load=load) for load in ("balanced", "zipf", "worst")]
+    return [row for shape in shapes for row in _case(shape, 2 if tiny else 7)]
+
+
+def few_tokens(tiny: bool, work: Path) -> list[Row]:
+    """As many tokens as a step of generation has, where weights are what has to be read."""
+    size = (8, 64, 96) if tiny else (16, 512, 1792) if device() == "cpu" else (16, 4096, 11008)
+    return [row for experts in (3, 8) for row in _case(Shape(experts, *size), 2 if tiny else 7)]
+
+
+def ceilings(tiny: bool, work: Path) -> list[Row]:
+    """What this machine can do now: the best of a large product, and of a copy."""
+    size = 256 if tiny else 8192 if device() == "cuda" else 1024
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+        timing = _timed({"matmul": lambda a=a, b=b: a @ b}, 3 if tiny else 20)["matmul"]
+        rows.append(
+            {"what": f"matmul {size}^3, {_word(dtype)}", "tflops": 2 * size**3 / timing.best(_clock()) / 1e12, **timing.figures()}
+        )
+    source = torch.randn((64 if tiny else 2048) * 2**20 // 4 // (1 if device() == "cuda" else 8), device=device())
+    target = torch.empty_like(source)
+    timing = _timed({"copy": lambda: target.copy_(source)}, 3 if tiny else 20)["copy"]
+    rows.append({"what": "copy, read and written", "gb_per_s": 2 * source.nbytes / timing.best(_clock()) / 1e9, **timing.figures()})
+    return rows
+
+
+def _case(shape: Shape, rounds: int) -> Iterator[Row]:
+    """A row for each peer. AssertionError for one that computes something else."""
+    sizes = Sizes(shape.experts, shape.hidden, shape.inner, shape.dtype, device())
+    weights = Weights.draw(sizes)
+    hidden_TH = peers.tokens(sizes, shape.tokens, shape.load)
+    grad_TH = torch.randn_like(hidden_TH)
+    checked = slice(min(CHECKED_TOKENS, shape.tokens))
+    wanted = peers.reference(weights, hidden_TH[checked], grad_TH[checked])
+    works: dict[str, Callable[[], Any]] = {}
+    held: list[Tensor] = []
+    about = {"experts": shape.experts, "tokens": shape.tokens, "hidden": shape.hidden, "inner": shape.inner}
+    about |= {"dtype": _word(shape.dtype), "load": shape.load}
+    for name in (*ALL, DENSE):
+        try:
+            forward, named = peers.make(name, sizes, weights, shape.tokens)
+        except NotHere as reason:
+            yield {"what": name, **about, "not_run": str(reason)}
+            continue
+        if name != DENSE:
+            _check(name, forward, named, hidden_TH[checked], grad_TH[checked], wanted, shape.dtype)
+        held += named.values()
+        works[name] = partial(_step, forward, hidden_TH, grad_TH)
+    del wanted
+
+    def clear() -> None:
+        for parameter in held:
+            parameter.grad = None
+
+    timings = _timed(works, rounds, clear)
+    yield from _rows(shape, about, timings)
+
+
+def _rows(shape: Shape, about: Row, timings: dict[str, Timing]) -> Iterator[Row]:
+    flops = FLOPS_PER_WEIGHT * MATRICES * TOP_K * shape.tokens * shape.hidden * shape.inner
+    best = {name: timing.best(_clock()) for name, timing in timings.items()}
+    for name, timing in timings.items():
+        figures = {
+            "tflops": flops / best[name] / 1e12,
+            "beside_dense": best[name] / best[DENSE],
+            "h3scale_is_faster": best[name] / best[OURS],
+        }
+        yield {"what": name, **about, **figures, **timing.figures()}
+
+
+def _step(forward: Callable[[Tensor], Tensor], hidden_TH: Tensor, grad_TH: Tensor) -> None:
+    forward(hidden_TH.detach().requires_grad_()).backward(grad_TH)
+
+
+def _check(
+    name: str,
+    forward: Callable[[Tensor], Tensor],
+    named: dict[str, Tensor],
+    hidden_TH: Tensor,
+    grad_TH: Tensor,
+    wanted: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    hidden_TH = hidden_TH.detach().requires_grad_()
+    output = forward(hidden_TH)
+    output.backward(grad_TH)
+    found = {"output": output.detach(), "hidden": hidden_TH.grad, **{part: value.grad for part, value in named.items()}}
+    for part, value in found.items():
+        error = torch.linalg.norm(value.double() - wanted[part]) / torch.linalg.norm(wanted[part])
+        if not error <= (ROUTER_TOLERANCE if part == "router" else TOLERANCE)[dtype]:
+            raise AssertionError(f"{name}: {part} is off by {error:.2g}")
+
+
+def _timed(works: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None) -> dict[str, Timing]:
+    """One round that does not count, then `rounds`. On a GPU a work has ended when the GPU has."""
+    ended = {name: partial(_to_the_end, work) for name, work in works.items()}
+    interleaved(ended, 3 if device() == "cuda" else 1, before)
+    return interleaved(ended, 20 if device() == "cuda" else rounds, before)
+
+
+def _to_the_end(work: Callable[[], Any]) -> None:
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _clock() -> str:
+    return "wall_s" if torch.cuda.is_available() else "cpu_s"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

@@ -1,6 +1,7 @@
 """What the training benchmarks train: fused models of any size with random weights, made-up records, recipes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from h3scale.model.experts import ExpertMap
 from h3scale.model.families import moe_config
 
 SEED = 0
-LENGTH, ROWS, ROWS_PER_MICRO_BATCH = 256, 8, 4
+LENGTH = int(os.environ.get("BENCHMARK_ROW_TOKENS", "256"))
+ROWS, ROWS_PER_MICRO_BATCH = 8, 4
 NUM_RECORDS = 4000
 TOP_K = 2
 PEAK_TFLOPS = 1.0  # any: MFU is not of interest here, and to measure the peak takes time

@@ -1,6 +1,6 @@
 """Steps of h3scale, each as its training loop makes it: loader, losses, optimizer, metrics.
 
-A rank of its own: `python benchmarks/train_ours.py RECIPE.json FOLDER`.
+A rank of its own: `python benchmarks/train_ours.py RECIPE.json FOLDER [deepspeed]`; `deepspeed` computes the experts, if said.
 """
 
 import sys
@@ -28,7 +28,6 @@ class Steps:
 
     def step(self, step: int) -> Row:
         """The line of metrics of one optimizer step, on the batch of that number."""
-        from h3scale.model.flops import attended_pairs
         from h3scale.train import loop
         from h3scale.train.loss import Counts
 
@@ -41,8 +40,24 @@ class Steps:
         counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, self.recipe.router.vote))
         loop.one_step(self.recipe, self.run, loader, batch, counts, self.metrics, self.memory)
         known = {"lr": self.recipe.optimizer.learning_rate * share, "grad_norm": float(engine.get_global_grad_norm())}
-        flops = self.flops.of(tokens, attended_pairs(loader.kept[batch.records], None))
-        return self.metrics.close_step(step + 1, counts.targets, counts.votes, tokens, known, flops)  # type: ignore[no-any-return]
+        return self.metrics.close_step(step + 1, counts.targets, counts.votes, tokens, known, self.flops_of(step))  # type: ignore[no-any-return]
+
+    def flops_of(self, step: int) -> int:
+        from h3scale.model.flops import attended_pairs
+
+        batch = self.loader.batch(step)
+        pairs = attended_pairs(self.loader.kept[batch.records], None)
+        return self.flops.of(self.loader.tokens_in(batch), pairs)  # type: ignore[no-any-return]
+
+
+def deepspeeds_experts(model: torch.nn.Module) -> None:
+    """Undoes what h3scale.train.expert_compute does: on a GPU DeepSpeed's kernels, else its loop."""
+    from deepspeed.moe.ep_experts import GroupedExperts
+
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.__class__ = GroupedExperts
+            module.use_grouped_mm = torch.cuda.is_available()
 
 
 def begin(settings: TrainRecipe, folder: Path) -> Steps:
@@ -65,14 +80,17 @@ def with_engine(settings: TrainRecipe, run: Any, loader: Any, folder: Path) -> S
     return Steps(settings, run, loader, metrics, flops, loop.make_loss_memory(settings, run))
 
 
-def rank(settings: TrainRecipe, folder: Path) -> None:
+def rank(settings: TrainRecipe, folder: Path, theirs: bool) -> None:
     from h3scale.train.timing import timed_all_to_all
 
     steps = begin(settings, folder)
+    if theirs:
+        deepspeeds_experts(steps.run.engine.module)
 
     def answer(question: str) -> Row:
         line = timed(lambda: steps.step(int(question)))
-        return {name: line[name] for name in ("lm", "tokens", "cpu_s", "wall_s")}
+        flops = steps.flops_of(int(question))
+        return {"flops": flops, **{name: line[name] for name in ("lm", "tokens", "cpu_s", "wall_s")}}
 
     with timed_all_to_all(steps.metrics.clock):
         serve(answer)
@@ -80,4 +98,8 @@ def rank(settings: TrainRecipe, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    rank(TrainRecipe.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    rank(
+        TrainRecipe.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")),
+        Path(sys.argv[2]),
+        "deepspeed" in sys.argv[3:],
+    )

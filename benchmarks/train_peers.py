@@ -1,6 +1,6 @@
 """What others do with the same weights and the same records: transformers and torch's AdamW, on one rank.
 
-`python benchmarks/train_peers.py FOLDER STEPS` is a rank of its own that holds all of them.
+`python benchmarks/train_peers.py FOLDER STEPS [NAME TRAINABLE]` is a rank of its own that holds all of NAMES, or one.
 Shape suffixes: B rows, S tokens a row, T = B x S, H hidden, E experts, K experts a token takes, V vocabulary.
 """
 
@@ -30,6 +30,7 @@ CLIP_NORM = 1.0
 TRAINED = (".mlp.",)  # as h3scale trains experts and router
 EAGER, GROUPED = "transformers, eager experts", "transformers, grouped_mm experts"
 PUBLISHED, DENSE = "H3Fusion's scheme", "dense of the same active size"
+PADDED = "transformers, grouped_mm experts, padded rows"
 NAMES = (EAGER, GROUPED, PUBLISHED, DENSE)
 
 
@@ -41,11 +42,12 @@ class Peer:
         model: nn.Module,
         micro_batches: Callable[[TypedLoader, Any], list[Batch]],
         gating: "Gating | None" = None,
+        trained: Sequence[str] = TRAINED,
     ):
         self.model, self.micro_batches, self.gating = model, micro_batches, gating
         self.trained = []
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(part in name for part in TRAINED))
+            parameter.requires_grad_(any(part in name for part in trained))
             self.trained += [parameter] if parameter.requires_grad else []
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
 
@@ -65,6 +67,8 @@ class Peer:
         nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.gating and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # as published, after every step
         tokens = loader.tokens_in(batch)
         return {"lm": lm, "tokens": tokens, "padding": 1 - tokens / positions}
 
@@ -153,31 +157,33 @@ def padded(loader: TypedLoader, batch: Any, device: torch.device) -> list[Batch]
     return found
 
 
-def make(name: str, folder: Path, device: torch.device) -> Peer:
-    """One of NAMES, at its start."""
+def make(name: str, folder: Path, device: torch.device, trained: Sequence[str] = TRAINED) -> Peer:
+    """One of NAMES, or PADDED, at its start; in bf16 on a GPU."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     if name == DENSE:
         fused = ModelFolder(folder / "model").config
         sizes = {name: fused[name] for name in SMALL} | {"intermediate_size": TOP_K * expert_size(fused)}
         return Peer(LlamaForCausalLM(dense_config(sizes)).train().to(device), partial(packed, device=device))
-    experts = "grouped_mm" if name == GROUPED else "eager"
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, experts_implementation=experts).train()
+    experts = "grouped_mm" if name in (GROUPED, PADDED) else "eager"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, experts_implementation=experts).train()
     if name != PUBLISHED:
-        return Peer(model.to(device), partial(packed, device=device))
+        rows = padded if name == PADDED else packed
+        return Peer(model.to(device), partial(rows, device=device), trained=trained)
     for layer in model.model.layers:
         layer.mlp = LoopedExperts(layer.mlp)
-    return Peer(model.to(device), partial(padded, device=device), Gating(model))
+    return Peer(model.to(device, dtype), partial(padded, device=device), Gating(model), trained)
 
 
-def rank(folder: Path, steps: int) -> None:
+def rank(folder: Path, steps: int, names: Sequence[str] = NAMES, trained: Sequence[str] = TRAINED) -> None:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = open_loader(folder, steps, AutoTokenizer.from_pretrained(folder / "tokenizer"))
-    peers = {name: make(name, folder, device) for name in NAMES}
+    peers = {name: make(name, folder, device, trained) for name in names}
 
     def answer(question: str) -> Row:
         name, _, step = question.rpartition(" ")
@@ -192,4 +198,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    rank(Path(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) > 3:
+        rank(Path(sys.argv[1]), int(sys.argv[2]), [sys.argv[3]], [""] if sys.argv[4] == "all" else TRAINED)
+    else:
+        rank(Path(sys.argv[1]), int(sys.argv[2]))

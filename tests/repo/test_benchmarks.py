@@ -1,6 +1,8 @@
 """The benchmarks work: a run of seconds, its table and the fields of its JSON. What they find is in benchmarks/results."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -66,6 +68,29 @@ MERGE_FIGURES = {
     "oracle": {"deltas", "shape", "error"},
 }
 MERGE_PEERS = {"streamed": {"cp of the parents", "mergekit, ties"}, "oracle": {"torch.linalg.svd, tsv_m"}}
+
+LAYER_FIGURES = {"tflops", "beside_dense", "h3scale_is_faster", "experts", "tokens", "load", "dtype", "cpu_s_median"}
+LAYER_PEERS = {
+    "h3scale in transformers",
+    "h3scale in AutoEP",
+    "transformers, eager",
+    "transformers, grouped_mm",
+    "transformers, batched_mm",
+    "H3Fusion's scheme",
+    "DeepSpeed, AutoEP",
+    "MegaBlocks dMoE, block-sparse",
+    "MegaBlocks dMoE, grouped",
+    "dense, the same rows",
+}
+STEP_PEERS = {
+    "h3scale",
+    "h3scale with DeepSpeed's experts",
+    "h3scale, dense of the same active size",
+    "transformers, eager experts",
+    "transformers, grouped_mm experts",
+    "transformers, grouped_mm experts, padded rows",
+    "H3Fusion's scheme",
+}
 
 
 def benchmark(script: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -167,13 +192,60 @@ def test_every_subject_of_merging_has_its_figures_and_its_peers(tmp_path: Path) 
     assert result["command"].startswith("python benchmarks/merge.py --tiny")
 
 
+def test_a_layer_is_timed_beside_all_peers_that_give_the_same_and_those_that_are_missing_say_why(tmp_path: Path) -> None:
+    """The script itself compares outputs and gradients with float64."""
+    out = tmp_path / "layer.json"
+    done = benchmark("moe_layer.py", "--tiny", "--dirty", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    subjects = json.loads(out.read_text())["subjects"]
+    for name in ("layer", "loads", "few_tokens"):
+        rows = subjects[name]["rows"]
+        assert {row["what"] for row in rows} == LAYER_PEERS, name
+        assert all("not_run" in row or set(row) >= LAYER_FIGURES for row in rows), name
+    assert {row["load"] for row in subjects["loads"]["rows"]} == {"balanced", "zipf", "worst"}
+    timed = {row["what"] for row in subjects["few_tokens"]["rows"] if "not_run" not in row}
+    assert {name for name in LAYER_PEERS if "MegaBlocks" not in name} <= timed
+    assert any("matmul" in row["what"] for row in subjects["ceilings"]["rows"])
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_beside_all_peers_from_the_same_loss_on_the_same_tokens(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    done = benchmark("train_step.py", "--tiny", "--dirty", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["what"]: row for row in json.loads(out.read_text())["subjects"]["step"]["rows"]}
+    assert set(rows) == STEP_PEERS
+    assert all(row["tokens_per_s"] > 0 for row in rows.values())
+    assert all(rows[name]["of_matmul"] > 0 for name in rows if name.startswith("h3scale"))
+    assert rows["H3Fusion's scheme"]["padding"] > rows["transformers, grouped_mm experts"]["padding"]
+
+
+def test_a_result_of_a_tree_that_differs_from_its_commit_is_refused(tmp_path: Path) -> None:
+    """In a copy whose tree is not known at all."""
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
+    command = [sys.executable, "benchmarks/moe_layer.py", "--tiny", "--only", "ceilings", "--out", "result.json"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2
+    assert "differs from its commit (commit it, or --dirty)" in done.stderr
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_a_start_needs_at_least_what_it_then_holds(tiny_train: dict[str, Any]) -> None:
     for row in tiny_train["subjects"]["start_memory"]["rows"]:
         assert row["peak_mib"] >= row["held_mib"] > row["shard_mib"] > 0
 
 
 @pytest.mark.parametrize(
-    ("script", "first"), [("data.py", "waste"), ("train.py", "start_memory"), ("checkpoint.py", "dense"), ("merge.py", "streamed")]
+    ("script", "first"),
+    [
+        ("data.py", "waste"),
+        ("train.py", "start_memory"),
+        ("checkpoint.py", "dense"),
+        ("merge.py", "streamed"),
+        ("moe_layer.py", "ceilings"),
+    ],
 )
 def test_a_subject_that_does_not_exist_is_refused(script: str, first: str) -> None:
     done = benchmark(script, "--only", "fastest")

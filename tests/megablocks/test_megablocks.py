@@ -3,8 +3,10 @@
 make test-megablocks
 """
 
+import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tests.expert_case import CHOICES, Case
 pytestmark = pytest.mark.megablocks
 
 SIZES = {"experts": 3, "hidden": 128, "inner": 256}  # blocks of 128, and no two sizes alike
+ROOT = Path(__file__).parents[2]
 BOTH = ("megablocks", "megablocks_grouped")
 
 
@@ -72,6 +75,18 @@ def test_rows_of_nobody_may_hold_anything_and_weights_may_be_taken_away_meanwhil
 
     for found, want in zip(in_autoep(taken, weights, rows, counts), wanted, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("peer", ["SPARSE", "MEGA_GROUPED"])
+def test_its_own_layer_gives_what_float64_gives_from_the_same_weights(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As benchmarks/moe_layer.py times it: router, sorting and sums are MegaBlocks' as well."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peers, speed = importlib.import_module("moe_peers"), importlib.import_module("moe_speed")
+    sizes = peers.Sizes(SIZES["experts"], SIZES["hidden"], SIZES["inner"], torch.float32, "cpu")
+    weights, hidden = peers.Weights.draw(sizes), peers.tokens(sizes, 24, "zipf")
+    grad = torch.randn_like(hidden)
+    forward, named = peers.make(getattr(peers, peer), sizes, weights, 24)
+    speed.check(peer, forward, named, hidden, grad, peers.reference(weights, hidden, grad), torch.float32)
 
 
 def test_no_tokens_at_all_give_nothing() -> None:

@@ -7,10 +7,13 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from h3scale.errors import ConfigError
 from h3scale.model.expert_compute import Backend, choose
@@ -75,6 +78,34 @@ def test_rows_of_nobody_may_hold_anything_and_weights_may_be_taken_away_meanwhil
 
     for found, want in zip(in_autoep(taken, weights, rows, counts), wanted, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_experts_that_are_computed_again_give_the_same_bits_and_keep_nothing_meanwhile(name: str) -> None:
+    *weights, _ = Case([[0]], **SIZES, dtype=torch.float32).inputs()[2:]
+    rows, counts = torch.randn(32, SIZES["hidden"]).requires_grad_(), torch.tensor([24, 0, 8], dtype=torch.int32)
+    for weight in weights:
+        weight.requires_grad_()
+    wanted = in_autoep(choose(name), weights, rows, counts)
+    made: list[StorageWeakRef] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.silu.default:
+                made.append(StorageWeakRef(result.untyped_storage()))
+            return result
+
+    def computed(*arguments: torch.Tensor) -> torch.Tensor:
+        with Noting():
+            return choose(name)(*arguments)
+
+    output = checkpoint(computed, rows, counts, *weights, use_reentrant=False)
+    assert made
+    assert all(activations.expired() for activations in made)
+    output.sin().sum().backward()
+    for leaf, want in zip([rows, *weights], wanted[1:], strict=True):
+        assert torch.equal(leaf.grad, want)
 
 
 @pytest.mark.parametrize("peer", ["SPARSE", "MEGA_GROUPED"])

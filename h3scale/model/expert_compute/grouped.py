@@ -24,9 +24,13 @@ class Grouped:
         return F.grouped_mm(left_RN.mT, right_RK, offs=groups)
 
 
+def is_aligned(weight_ENK: Tensor) -> bool:
+    """Whether torch takes such widths at all."""
+    return all(width * weight_ENK.element_size() % ALIGNED_BYTES == 0 for width in weight_ENK.shape[1:])
+
+
 def is_real(weight_ENK: Tensor) -> bool:
     """Whether torch has a kernel of its own for such weights here; it has a loop where not, or refuses."""
     if not weight_ENK.is_cuda or weight_ENK.dtype != torch.bfloat16:
         return False
-    aligned = all(width * weight_ENK.element_size() % ALIGNED_BYTES == 0 for width in weight_ENK.shape[1:])
-    return aligned and torch.cuda.get_device_capability(weight_ENK.device) >= HOPPER
+    return is_aligned(weight_ENK) and torch.cuda.get_device_capability(weight_ENK.device) >= HOPPER

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -114,7 +115,9 @@ def _glu(kind: type[Any], made: Sequence[Callable[[], Tensor]], *inputs: Any, nu
         moe_num_experts=num_experts,
         moe_expert_model_parallelism=False,
     )
-    with _made_again(matrices_FH, made):
+    # Within an activation checkpoint, whose hooks keep nothing at all, ours would keep the activations.
+    checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    with nullcontext() if checkpointed else _made_again(matrices_FH, made):
         return kind.forward(stand_in, *inputs)
 
 

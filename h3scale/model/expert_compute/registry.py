@@ -1,12 +1,11 @@
 """The backends by name. Each computes the same; `auto` takes the fastest one that is right where it is asked."""
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
 
 from h3scale.errors import ConfigError
-from h3scale.model.expert_compute.grouped import Grouped, is_real
+from h3scale.model.expert_compute.grouped import ALIGNED_BYTES, Grouped, is_aligned, is_real
 from h3scale.model.expert_compute.loop import loop
 from h3scale.model.expert_compute.swiglu import swiglu
 
@@ -23,6 +22,16 @@ def _auto(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Ten
     return loop(rows_RH, counts_E, w1, w2_EHI, w3)
 
 
+def _grouped(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None) -> Tensor:
+    if not is_aligned(w2_EHI):
+        hidden, inner = w2_EHI.shape[1:]
+        raise ConfigError(
+            f"experts: grouped_mm needs widths in multiples of {ALIGNED_BYTES} bytes, and hidden and intermediate size are "
+            f"{hidden} and {inner} (works: loop, auto)"
+        )
+    return swiglu(GROUPED, rows_RH, counts_E, w1, w2_EHI, w3)
+
+
 def _megablocks(mode: str) -> Backend:
     from h3scale.model.expert_compute.megablocks import load
 
@@ -32,7 +41,7 @@ def _megablocks(mode: str) -> Backend:
 _BACKENDS: dict[str, Callable[[], Backend]] = {
     "auto": lambda: _auto,
     "loop": lambda: loop,
-    "grouped_mm": lambda: partial(swiglu, GROUPED),
+    "grouped_mm": lambda: _grouped,
     "megablocks": lambda: _megablocks("sparse"),
     "megablocks_grouped": lambda: _megablocks("grouped"),
 }

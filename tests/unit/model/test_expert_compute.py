@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from h3scale.config.recipe import ExpertCompute
@@ -101,6 +102,26 @@ def test_weights_that_zero_takes_away_after_the_forward_are_freed_and_may_come_b
         weight.data = copy
     for one, other in zip(case.results(output), wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("name", OWN)
+def test_experts_that_are_computed_again_give_the_same_bits(name: str, again: bool) -> None:
+    case = AutoEp()
+    wanted = case.results(choose(name)(case.rows, case.counts, *case.weights))
+    leaves = [case.rows, *case.weights]
+    output = checkpoint(choose(name), case.rows, case.counts, *case.weights, use_reentrant=again)
+    output[: case.counts.sum()].sin().sum().backward()  # type: ignore[union-attr]
+    found = [leaf.grad for leaf in leaves]
+    found[0] = found[0][: case.counts.sum()]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted[1:], strict=True))
+
+
+def test_widths_that_the_grouped_kernel_does_not_take_are_refused_in_one_line() -> None:
+    case = Case([[0, 1]], experts=2, hidden=10, inner=24, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"grouped_mm needs widths .* 10 and 24 \(works: loop, auto\)"):
+        case.found(choose("grouped_mm"), False)
+    case.check(choose("auto"))
 
 
 class Made(TorchDispatchMode):

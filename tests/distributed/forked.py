@@ -21,13 +21,17 @@ def launch(title: str, ranks: int, target: Callable[..., None], *arguments: Any)
 
 def exit_codes(ranks: int, target: Callable[..., None], *arguments: Any) -> list[int | None]:
     """Runs `target(*arguments)` on every rank; how each one ended, below 0 for a signal."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    processes = []
-    for rank in range(ranks):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
-        process.start()
-        processes.append(process)
+    own, processes = dict(os.environ), []
+    try:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+        for rank in range(ranks):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+            process.start()
+            processes.append(process)
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from h3scale.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from h3scale.checkpoint.shard_files import WEIGHTS
-from h3scale.fusion.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 NUM_MODELS = 3
 TINY = "tiny"

@@ -11,7 +11,7 @@ from h3scale.checkpoint.checks import adapter, compare, files, sums, templates, 
 from h3scale.checkpoint.checks.logits import check_logits, check_probe
 from h3scale.checkpoint.checks.subject import Subject
 from h3scale.checkpoint.extents import Weights
-from h3scale.checkpoint.findings import Finding, Report, error
+from h3scale.checkpoint.findings import Finding, Report, Severity, error
 from h3scale.checkpoint.h3fusion import open_h3fusion
 from h3scale.checkpoint.headers import read_header
 from h3scale.checkpoint.inside import is_plain, leads_outside
@@ -22,6 +22,7 @@ from h3scale.checkpoint.shard_files import INDEX, WEIGHTS
 from h3scale.checkpoint.shards import ModelFolder, read_json
 from h3scale.checkpoint.tag_folder import UNIVERSAL
 from h3scale.checkpoint.training_checkpoint import TrainingCheckpoint, find_checkpoint, latest_tag
+from h3scale.errors import DataError
 
 _Check = Callable[[], Iterable[Finding]]
 
@@ -60,7 +61,10 @@ def examine(
         report = Report(str(model), "receipt")
         report.run("receipt", partial(_check_receipt, path, report))
         return report
-    subject = open_subject(path, config_from)
+    try:
+        subject = open_subject(path, config_from)
+    except DataError as broken:  # a manifest that has changed, say
+        return Report(str(model), "unreadable", findings=[Finding(Severity.error, line, "kind") for line in broken.findings])
     report = Report(str(model), _kind(subject))
     other = open_subject(Path(against), config_from) if against is not None else None
     for name, check in _checks(subject, report, hashes):

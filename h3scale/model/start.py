@@ -16,7 +16,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder; no hub, no remote code. Raises DataError (65) when there is none."""
     from transformers import AutoTokenizer
 
-    _check_folder(folder)
+    check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -32,7 +32,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, experts: 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    _check_folder(folder)
+    check_folder(folder)
     logging.disable_progress_bar()  # its bars are per tensor and print on every rank
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -49,7 +49,8 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, experts: 
     return model
 
 
-def _check_folder(folder: str | Path) -> None:
+def check_folder(folder: str | Path) -> None:
+    """MissingInputError (66) where there is none."""
     if not Path(folder).is_dir():
         raise MissingInputError(f"{folder}: no such folder")
 

@@ -10,7 +10,7 @@ import torch
 
 from h3scale import log
 from h3scale.checkpoint.manifest import read_manifest
-from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.shards import ModelFolder, check_output
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder
@@ -19,6 +19,7 @@ from h3scale.exit_status import BEGUN, BEGUN_CODE, kept_step, run_folder_of, wri
 from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, attended_pairs
 from h3scale.model.router import membership_AE
+from h3scale.model.start import check_folder
 from h3scale.train.agree import by_rank_0
 from h3scale.train.claim import Claim
 from h3scale.train.dry_run import dry_run, out_of_memory_told
@@ -101,6 +102,7 @@ def train(recipe: TrainRecipe, where: str, options: Options = Options()) -> Path
 
 def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, claim: Claim, log_file: LogFile) -> Training | None:
     """Everything up to the first step. None for a run that had ended, and only had to get its name."""
+    _check_inputs(recipe)
     taken = claim_early(claim, recipe, run_folder)
     check_savable(recipe, where)
     seed_everything(recipe.seed)
@@ -132,6 +134,14 @@ def begin(recipe: TrainRecipe, where: str, run_folder: Path, options: Options, c
     if newest:
         go_on(training, newest, manifest)
     return training
+
+
+def _check_inputs(recipe: TrainRecipe) -> None:
+    """MissingInputError (66) while nothing is written yet, not even that the run has begun."""
+    if recipe.tokenizer:
+        check_folder(recipe.tokenizer)
+    if recipe.model:
+        ModelFolder(recipe.model)
 
 
 def claim_early(claim: Claim, recipe: TrainRecipe, run_folder: Path) -> OutputError | None:

@@ -44,7 +44,7 @@ def test_the_value_of_a_variable_that_is_called_a_secret_is_hidden(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("TOKENIZERS_PARALLELISM", "unlikely"), ("HF_TOKEN", "short"), ("HF_TOKEN_PATH", "/root/token")]
+    ("name", "value"), [("TOKENIZERS_PARALLELISM", "unlikely"), ("HF_TOKEN", "short"), ("HF_TOKEN_PATH", "/home/me/token")]
 )
 def test_other_variables_hide_nothing(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)

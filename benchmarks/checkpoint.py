@@ -9,41 +9,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import argparse
-import shutil
-import tempfile
-import time
-from pathlib import Path
 from pkgutil import resolve_name
 
-from measure import Row, command_line, machine, print_table, subjects_of, versions, write_result
+from measure import run_subjects, subjects_of
 
 SUBJECTS = {name: f"checkpoint_speed:{name}" for name in ("dense", "experts", "memory")}
 PACKAGES = ("torch", "transformers", "deepspeed", "safetensors")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, help="folder on the disk that is measured (default: the system's for temporary files)")
-    words = subjects_of(parser, SUBJECTS)
-    result: Row = {"command": command_line("checkpoint.py", (words.out, words.work)), "machine": machine()}
-    result |= {"versions": versions(PACKAGES), "subjects": {}}
-    for name in words.only:
-        result["subjects"][name] = _run(name, words.tiny, words.work)
-    if words.out:
-        write_result(words.out, result)
-
-
-def _run(name: str, tiny: bool, where: Path | None) -> Row:
-    """Runs a subject in a folder of its own, which is deleted, and prints its table."""
-    work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-", dir=where))
-    began, load = time.perf_counter(), os.getloadavg()[0]
-    try:
-        rows = resolve_name(SUBJECTS[name])(tiny, work)
-    finally:
-        shutil.rmtree(work)
-    about = {"seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg()[0]}
-    print_table(name, rows, about)
-    return {**about, "rows": rows}
+    words = subjects_of(argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]), SUBJECTS, on_disk=True)
+    run_subjects("checkpoint.py", words, PACKAGES, lambda name, work: resolve_name(SUBJECTS[name])(words.tiny, work))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What turns a checkpoint into a model, as processes that import once and then wait: python checkpoint_tools.py WAY FOLDER.
 
-A question is a JSON object with what that way needs; the answer has its seconds.
+A question is a JSON object with what that way needs, and `folder` when it is about another one; the answer has its seconds.
 """
 
 import json
@@ -143,7 +143,8 @@ def main() -> None:
     def answer(text: str) -> Row:
         question = json.loads(text)
         shutil.rmtree(question["out"], ignore_errors=True)
-        return timed(lambda: work(question) or {})
+        asked = WAYS[way](Path(question["folder"])) if "folder" in question else work
+        return timed(lambda: asked(question) or {})
 
     serve(answer)
 

@@ -5,9 +5,11 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -148,11 +150,36 @@ def _commit() -> str:
     return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "--", "h3scale") else "")
 
 
-def command_line(script: str, given: Iterable[Path | None]) -> str:
-    """As it was given, with file names only: results are read on other machines."""
+def run_subjects(
+    script: str, words: argparse.Namespace, packages: Iterable[str], subject: Callable[[str, Path], Any], device: Row | None = None
+) -> None:
+    """Runs each subject asked for in a folder of its own, which is deleted, prints its table, and writes the JSON asked for.
+
+    `subject` gives rows, or {"rows", "versions", ...}; `device`: what the machine has besides.
+    """
+    result: Row = {"command": command_line(script, vars(words).values()), "machine": {**machine(), **(device or {})}}
+    result |= {"versions": versions(packages), "subjects": {}}
+    for name in words.only:
+        work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-", dir=getattr(words, "work", None)))
+        began, load = time.perf_counter(), os.getloadavg()[0]
+        try:
+            found = subject(name, work)
+        finally:
+            shutil.rmtree(work)
+        about = {"seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg()[0]}
+        found = found if isinstance(found, dict) else {"rows": found}
+        result["versions"] |= found.pop("versions", {})
+        result["subjects"][name] = {**about, **found}
+        print_table(name, found["rows"], about)
+    if words.out:
+        write_result(words.out, result)
+
+
+def command_line(script: str, given: Iterable[Any]) -> str:
+    """As it was given, with only the names of the files among `given`: results are read on other machines."""
     words = ["python", f"benchmarks/{script}", *sys.argv[1:]]
     for path in given:
-        words = [word.replace(str(path), path.name) for word in words] if path else words
+        words = [word.replace(str(path), path.name) for word in words] if isinstance(path, Path) else words
     return " ".join(words)
 
 
@@ -164,9 +191,13 @@ def write_result(path: Path, result: Row) -> None:
     print(f"\nwritten: {path}")
 
 
-def subjects_of(parser: argparse.ArgumentParser, subjects: Iterable[str]) -> argparse.Namespace:
-    """The command's words; `only` is the list of subjects that are asked for."""
+def subjects_of(parser: argparse.ArgumentParser, subjects: Iterable[str], on_disk: bool = False) -> argparse.Namespace:
+    """The command's words; `only` is the list of subjects that are asked for, `work` the disk that is measured."""
     known = list(subjects)
+    if on_disk:
+        parser.add_argument(
+            "--work", type=Path, help="folder on the disk that is measured (default: the system's for temporary files)"
+        )
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes, to see that everything works")
     parser.add_argument("--only", default=",".join(known), help="subjects, by comma (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="file for the JSON")

@@ -9,13 +9,9 @@ os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})  
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import shutil
-import tempfile
-import time
-from pathlib import Path
 from pkgutil import resolve_name
 
-from measure import Row, command_line, machine, print_table, subjects_of, versions, write_result
+from measure import run_subjects, subjects_of
 
 SUBJECTS = {
     "start_memory": "train_memory:start_memory",
@@ -35,25 +31,7 @@ def main() -> None:
     else:
         device = "cpu"
         os.environ.setdefault("DS_ACCELERATOR", device)
-    result: Row = {"command": command_line("train.py", (words.out,)), "machine": {**machine(), "device": device}}
-    result |= {"versions": versions(PACKAGES), "subjects": {}}
-    for name in words.only:
-        result["subjects"][name] = _run(name, words.tiny)
-    if words.out:
-        write_result(words.out, result)
-
-
-def _run(name: str, tiny: bool) -> Row:
-    """Runs a subject in a folder of its own, which is deleted, and prints its table."""
-    work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-"))
-    began, load = time.perf_counter(), os.getloadavg()[0]
-    try:
-        rows = resolve_name(SUBJECTS[name])(tiny, work)
-    finally:
-        shutil.rmtree(work)
-    about = {"seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg()[0]}
-    print_table(name, rows, about)
-    return {**about, "rows": rows}
+    run_subjects("train.py", words, PACKAGES, lambda name, work: resolve_name(SUBJECTS[name])(words.tiny, work), {"device": device})
 
 
 if __name__ == "__main__":

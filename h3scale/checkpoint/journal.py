@@ -9,14 +9,13 @@ import fcntl
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
-from h3scale.checkpoint.shards import check_output, sync
+from h3scale.checkpoint.shards import check_output, put, sync, sync_one
 from h3scale.errors import H3Error, OutputError, StorageError
 
 _UNFINISHED = "unfinished.part"  # torch.save wants something before the dot
@@ -40,7 +39,7 @@ class Work:
             path.parent.mkdir(parents=True)
         self.unfinished().rename(path)
         if self.fsync:
-            _sync_names(path.parent)
+            sync_one(path.parent)
         self._journal.write(json.dumps([name, path.stat().st_size, remembered]) + "\n")
         self._journal.flush()
         if self.fsync:
@@ -80,9 +79,13 @@ def resumed_folder(path: str | Path, key: str, force: bool = False, fsync: bool 
             raise
         if fsync:
             sync(partial)
-        _replace(partial, final)
+        if final.exists():
+            lines.truncate(0)  # killed while the names are swapped, the next try must not take the old files for its own
+        put(partial, final)
         if fsync:
-            _sync_names(final.parent)
+            sync_one(final.absolute().parent)
+        for old in final.parent.glob(f".trash-{escape(final.name)}-*"):  # also of a process that was killed here
+            shutil.rmtree(old, ignore_errors=True)
         journal.unlink(missing_ok=True)
 
 
@@ -129,19 +132,3 @@ def _entry(line: str) -> Any:
         return json.loads(line) if line.endswith("\n") else None
     except json.JSONDecodeError:
         return None
-
-
-def _replace(partial: Path, final: Path) -> None:
-    if final.exists():
-        final.rename(final.with_name(f".trash-{final.name}-{uuid.uuid4().hex[:8]}"))
-    partial.rename(final)
-    for old in final.parent.glob(f".trash-{escape(final.name)}-*"):  # also of a process that was killed here
-        shutil.rmtree(old)
-
-
-def _sync_names(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -65,7 +65,7 @@ def release(
         for file in ("config.json", GENERATION, "tokenizer_config.json"):
             if (source.path / file).is_file():
                 values = read_json(source.path / file)
-                write_json(folder / file, {key: value for key, value in values.items() if key not in _LOCAL_KEYS})
+                write_json(folder / file, {key: value for key, value in values.items() if key not in _LOCAL_KEYS}, hide=False)
         card = model_card(source.config, Path(target).name, license, base_model, scores, _conversation(source.path), merged)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_sums(folder)

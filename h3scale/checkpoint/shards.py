@@ -180,17 +180,17 @@ def new_folder(path: str | Path, force: bool = False) -> Iterator[Path]:
     try:
         yield partial
         sync(partial)
-        if _occupied(final):
-            _replace(partial, final)
-        else:
-            partial.rename(final)
+        put(partial, final)
         sync_one(final.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _replace(new: Path, old: Path) -> None:
-    """`new` gets the name of `old`, which is deleted."""
+def put(new: Path, old: Path) -> None:
+    """`new` gets the name `old`; what had it is deleted. Where names can be swapped, no moment is without either."""
+    if not _occupied(old):
+        new.rename(old)
+        return
     aside = old.with_name(f".trash-{old.name}-{uuid.uuid4().hex[:8]}")
     try:
         exchange(new, old)
@@ -255,8 +255,8 @@ def write_descriptions(folder: Path, config: dict[str, Any], shards: Sequence[Sh
     """Writes config.json, and the index of several shards."""
     index = index_of(shards)
     if index is not None:
-        write_json(folder / INDEX, index)
-    write_json(folder / "config.json", config)
+        write_json(folder / INDEX, index, hide=False)
+    write_json(folder / "config.json", config, hide=False)
 
 
 def write_all(descriptor: int, values: memoryview, offset: int) -> None:
@@ -266,11 +266,14 @@ def write_all(descriptor: int, values: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, values[done:], offset + done)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON with a final newline, in the order given, passwords hidden; by atomic rename, and not torn by a power cut."""
+def write_json(path: Path, value: Any, hide: bool = True) -> None:
+    """JSON with a final newline, in the order given, passwords hidden; by atomic rename, and not torn by a power cut.
+
+    `hide`: not for a model's own files, where every string counts (a variable BOS_TOKEN is no secret).
+    """
     partial = path.with_name(f".partial-{path.name}")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(without_secrets(value), indent=2, ensure_ascii=False) + "\n")
+        file.write(json.dumps(without_secrets(value) if hide else value, indent=2, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

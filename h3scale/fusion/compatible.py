@@ -86,6 +86,26 @@ def expected_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     return shapes, tied
 
 
+def check_fit(
+    base: DenseSource,
+    models: Mapping[str, Source],
+    config: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    tied: set[str],
+    same_dtype: bool = False,
+) -> None:
+    """DataError (65) with all that stops the models from becoming one; their number formats too if they are to be the same."""
+    findings = shape_findings(base, shapes, tied)
+    for source in models.values():
+        if isinstance(source, DenseSource):
+            findings += config_findings(source, config)
+            findings += shape_findings(source, shapes, tied)
+            findings += dtype_findings(source, base) if same_dtype else []
+    findings += tokenizer_findings(base.path, [source.path for source in models.values()])
+    if findings:
+        raise DataError(list(dict.fromkeys(findings)))
+
+
 def shape_findings(source: Source, shapes: Mapping[str, tuple[int, ...]], tied: set[str]) -> list[str]:
     """Tensors that are missing, unknown, of another shape than `shapes` says, or not floating point."""
     specs = {name: spec for name, spec in source.specs.items() if not name.endswith(_IGNORED_SUFFIX)}

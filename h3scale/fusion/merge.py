@@ -24,16 +24,7 @@ from h3scale.checkpoint.stream import Output, Piece
 from h3scale.config.merge import MergeRecipe, Options
 from h3scale.config.recipe import DenseFamily
 from h3scale.errors import DataError, UsageError
-from h3scale.fusion.compatible import (
-    base_warnings,
-    config_findings,
-    dtype_findings,
-    expected_shapes,
-    full_config,
-    shape_findings,
-    tokenizer_findings,
-    tokenizer_folder,
-)
+from h3scale.fusion.compatible import base_warnings, check_fit, expected_shapes, full_config, tokenizer_folder
 from h3scale.fusion.merged import Merger
 from h3scale.fusion.parents import Parents
 from h3scale.fusion.sources import DenseSource, Source, keep_inputs, open_sources
@@ -179,15 +170,7 @@ def _checked(base: DenseSource, models: Mapping[str, Source], recipe: MergeRecip
         raise DataError(f"{base.path}: model_type '{family}' cannot be merged (works: {', '.join(get_args(DenseFamily))})")
     dense = full_config(base.folder)
     shapes, tied = expected_shapes(dense)
-    findings = shape_findings(base, shapes, tied)
-    for source in models.values():
-        if isinstance(source, DenseSource):
-            findings += config_findings(source, dense)
-            findings += shape_findings(source, shapes, tied)
-            findings += dtype_findings(source, base) if recipe.dtype is None else []
-    findings += tokenizer_findings(base.path, [source.path for source in models.values()])
-    if findings:
-        raise DataError(list(dict.fromkeys(findings)))
+    check_fit(base, models, dense, shapes, tied, same_dtype=recipe.dtype is None)
     return {name: shape for name, shape in shapes.items() if name not in tied}
 
 

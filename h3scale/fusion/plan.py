@@ -9,18 +9,16 @@ from typing import Any, Literal
 from h3scale.checkpoint.shards import TensorSpec
 from h3scale.config.fuse import FuseRecipe
 from h3scale.config.merge import OPTIONS
-from h3scale.errors import DataError, MissingInputError
+from h3scale.errors import MissingInputError
 from h3scale.fusion.compatible import (
     base_warnings,
-    config_findings,
+    check_fit,
     equal_warnings,
     expected_shapes,
     ffn_names,
     fold,
     full_config,
-    shape_findings,
     shared_warnings,
-    tokenizer_findings,
     tokenizer_folder,
 )
 from h3scale.fusion.sources import DenseSource, Source
@@ -148,14 +146,7 @@ def make_plan(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecip
     moe_config(base.folder.config, expert_map, recipe.top_k, where=str(base.path))
     dense = full_config(base.folder)
     shapes, tied = expected_shapes(dense)
-    findings = shape_findings(base, shapes, tied)
-    for source in models.values():
-        if isinstance(source, DenseSource):
-            findings += config_findings(source, dense)
-            findings += shape_findings(source, shapes, tied)
-    findings += tokenizer_findings(base.path, [source.path for source in models.values()])
-    if findings:
-        raise DataError(findings)
+    check_fit(base, models, dense, shapes, tied)
     config = {key: value for key, value in dense.to_dict().items() if key not in _UNTOLD}
     config = moe_config(config, expert_map, recipe.top_k, where=str(base.path))
     ffn = ffn_names(config["num_hidden_layers"])

@@ -137,7 +137,7 @@ def _make(folder: Path) -> None:
 
 
 def _describe(run: Run, recipe: TrainRecipe, folder: Path) -> None:
-    write_json(folder / "config.json", _config(run))
+    write_json(folder / "config.json", _config(run), hide=False)
     _save_extras(run, recipe, folder)
 
 
@@ -170,5 +170,5 @@ def _config(run: Run) -> dict[str, Any]:
 def _save_extras(run: Run, recipe: TrainRecipe, folder: Path) -> None:
     save_tokenizer(run.tokenizer, folder)
     generation = {"eos_token_id": run.tokenizer.eos_token_id, "pad_token_id": run.tokenizer.pad_token_id, "do_sample": False}
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation, hide=False)
     write_json(folder / "recipe.json", recipe.model_dump(mode="json"))

@@ -15,6 +15,7 @@ from h3scale.checkpoint.release import model_card, release
 from h3scale.checkpoint.shards import read_json
 from h3scale.cli.checkpoint import app
 from h3scale.errors import ConfigError, DataError, MissingInputError, OutputError, UnsafeError
+from tests.unit.checkpoint.planted_faults import edit_json
 
 SCORES = {
     "nll": {
@@ -172,3 +173,12 @@ def test_what_is_unsafe_and_not_left_out_is_not_released(folder, tmp_path):
     with pytest.raises(UnsafeError, match="sandbox"):
         release(folder, tmp_path / "out", license="mit")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_special_token_is_no_secret_whatever_the_environment_calls_its_own(folder, tmp_path, monkeypatch):
+    token = "<|end_of_turn|>"
+    edit_json(folder / "generation_config.json", stop_strings=[token])
+    (folder / RECEIPT).unlink()
+    monkeypatch.setenv("EOT_TOKEN", token)
+    release(folder, tmp_path / "out", license="mit")
+    assert read_json(tmp_path / "out" / "generation_config.json")["stop_strings"] == [token]

@@ -164,3 +164,31 @@ def test_too_little_room_is_said_before_anything_is_written(checkpoint, tmp_path
     with pytest.raises(OutputError, match="GB are free"):
         consolidate(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_replacement_that_is_killed_while_names_are_swapped_does_not_take_the_old_files_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(text: str) -> None:
+        with resumed_folder(tmp_path / "out", "the work", force=True) as work:
+            if "file" not in work.done:
+                work.unfinished().write_text(text)
+                work.finish("file", None)
+
+    write("old")
+    exchange = journal.put
+
+    def killed(new: Path, old: Path) -> None:
+        new.rename(tmp_path / "new")  # as the exchange leaves them
+        old.rename(new)
+        (tmp_path / "new").rename(old)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "put", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    monkeypatch.setattr(journal, "put", exchange)
+    write("new")
+    assert (tmp_path / "out" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -40,7 +40,7 @@ def convert(
     if to == UNIVERSAL:
         if how.dtype is not None or expert is not None:
             raise UsageError(f"--to {UNIVERSAL}: takes no --dtype and no --expert: it is what the optimizer had")
-        return write_universal(source, target, how, force)
+        return write_universal(source, target, how, force, config_from)
     check_output(target, force)
     if expert is not None and to != DENSE:
         raise UsageError(f"--expert: '{expert}' with --to {to} (works: --to {DENSE})")
@@ -109,7 +109,8 @@ def _map(model: SourceModel) -> ExpertMap:
 def piece_of(model: SourceModel, name: str, transposed: bool = False) -> Piece:
     """A tensor of the hub layout, as a piece of what is to be written."""
     origin = model.origin(name)
-    return Piece(name, model.weights.stored_name(origin.tensor), origin.expert, model.source(name, transposed))
+    weights, shares = model.weights, model.weights.shared.get(origin.tensor)
+    return Piece(name, weights.stored_name(origin.tensor), origin.expert, model.source(name, transposed), shares)
 
 
 def _order(part: tuple[Origin, str]) -> tuple[int, int]:

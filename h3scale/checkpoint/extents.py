@@ -145,7 +145,8 @@ class Weights:
     """The tensors of a checkpoint, all experts of a layer stacked. `aliases`: tied names that are not stored, and the stored one.
 
     `kind` says what was read, in words. `is_rounded`: training computed in bf16 or fp16, so that its logits are not those
-    of the fp32 weights. `step`: DeepSpeed's count.
+    of the fp32 weights. `step`: DeepSpeed's count. `shared`: entries that the file itself has as the very bytes of another, and
+    of which.
     """
 
     folder: Path
@@ -156,6 +157,7 @@ class Weights:
     entries: dict[str, Stored]
     aliases: dict[str, str] = field(default_factory=dict)
     step: int | None = None
+    shared: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

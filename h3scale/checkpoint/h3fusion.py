@@ -55,7 +55,15 @@ def read_h3fusion(path: Path) -> Weights:
     if not isinstance(states, dict) or not all(isinstance(values, torch.Tensor) for values in states.values()):
         raise DataError(f"{path}: not a state dict of tensors, so this is no moe.pt")
     entries = {name: file.stored(values) for name, values in states.items() if not name.endswith(COMPUTED_ANYWAY)}
-    return Weights(path, KIND, world_size=1, ep_size=1, is_rounded=False, entries=entries)
+    shared = _shared(entries)
+    return Weights(path, KIND, world_size=1, ep_size=1, is_rounded=False, entries=entries, shared=shared)
+
+
+def _shared(entries: dict[str, Stored]) -> dict[str, str]:
+    """Names that are in the file as the same storage as another: torch.save writes a parameter with three names once."""
+    first: dict[Stored, str] = {}
+    owners = {name: first.setdefault(stored, name) for name, stored in entries.items() if stored.extents}
+    return {name: owner for name, owner in owners.items() if owner != name}
 
 
 def num_experts(weights: Weights) -> int:

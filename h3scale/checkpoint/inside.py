@@ -17,7 +17,14 @@ def file_inside(folder: Path, name: object, where: str) -> Path:
     """The path of a plain name in a folder; UnsafeError (77) for any other, and for a link that leads out of the folder."""
     if not is_plain(name):
         raise UnsafeError(f"{where} {name!r}, outside the folder (works: the plain name of a file in it)")
-    path = folder / str(name)
+    return path_inside(folder, name, where)
+
+
+def path_inside(folder: Path, name: object, where: str) -> Path:
+    """The same of a path of plain names, such as `zero/NAME/fp32.pt`."""
+    if not isinstance(name, str) or not all(map(is_plain, name.split("/"))):
+        raise UnsafeError(f"{where} {name!r}, outside the folder (works: a path of plain names below it)")
+    path = folder / name
     if leads_outside(folder, path):
         raise UnsafeError(f"{where} {name!r}, a link that leads outside the folder, to {path.resolve()} (works: the file itself)")
     return path

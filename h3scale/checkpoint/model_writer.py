@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from h3scale.checkpoint.journal import Work, check_space, resumed_folder
-from h3scale.checkpoint.receipt import RECEIPT, check_disjoint, make_receipt
+from h3scale.checkpoint.proof import check_disjoint
+from h3scale.checkpoint.receipt import RECEIPT, make_receipt
 from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
 from h3scale.checkpoint.shards import GENERATION, TOKENIZER_FILES, copy_tokenizer, write_descriptions, write_json
 from h3scale.checkpoint.source_model import SourceModel
@@ -65,6 +66,14 @@ class Options:
     def receipt_is_inside(self) -> bool:
         return Path(str(self.receipt)).name == str(self.receipt)
 
+    def write_receipt(self, folder: Path, receipt: dict[str, Any]) -> None:
+        """Puts the receipt of what is in `folder` where it is wanted."""
+        write_json(folder / str(self.receipt) if self.receipt_is_inside else Path(str(self.receipt)), receipt)
+
+    def seen_from_receipt(self, target: Path) -> str:
+        """The path of what was written, from the folder of its receipt."""
+        return "." if self.receipt_is_inside else os.path.relpath(target, Path(str(self.receipt)).parent)
+
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
         """What values of a stored dtype become; integers stay what they are."""
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
@@ -98,7 +107,7 @@ def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool
     start, model = time.monotonic(), plan.model
     outputs = plan.chosen(how.only)
     check_disjoint(outputs)
-    _keep_source(plan, outputs, Path(target))
+    keep_source(Path(target), model.path, outputs, model.folder)
     shards = plan_shards([output.spec for output in outputs.values()], how.max_shard_bytes)
     specs = [spec for shard in shards for spec in shard.specs]
     with resumed_folder(target, _key(plan, outputs, shards, how), force, how.fsync) as work:
@@ -107,8 +116,7 @@ def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool
         write_descriptions(work.folder, _final_config(plan.config, specs), shards)
         _copy_extras(model, work.folder, target)
         if how.receipt is not None:
-            receipt = make_receipt(work.folder, _about(plan, Path(target), how), shards, outputs, hashes)
-            write_json(work.folder / how.receipt if how.receipt_is_inside else Path(how.receipt), receipt)
+            how.write_receipt(work.folder, make_receipt(work.folder, _about(plan, Path(target), how), shards, outputs, hashes))
     return Summary(
         target=Path(target),
         source=model.path,
@@ -134,12 +142,12 @@ def _copy_extras(model: SourceModel, target: Path, shown: str | Path) -> None:
         shutil.copyfile(model.folder / GENERATION, target / GENERATION)
 
 
-def _keep_source(plan: Plan, outputs: dict[str, Output], target: Path) -> None:
-    """UnsafeError (77) when the target is, or holds, what is read."""
-    read = {extent.path for output in outputs.values() for extent in output.extents} | {plan.model.folder}
+def keep_source(target: Path, source: Path, outputs: dict[str, Output], *more: Path) -> None:
+    """UnsafeError (77) when the target is, or holds, what is read: the files of the outputs, and `more`."""
+    read = {extent.path for output in outputs.values() for extent in output.extents} | set(more)
     final = target.resolve()
     if any(final == path.resolve() or final in path.resolve().parents for path in read):
-        raise UnsafeError(f"{target}: would replace what it is made from, {plan.model.path} (choose another name)")
+        raise UnsafeError(f"{target}: would replace what it is made from, {source} (choose another name)")
 
 
 def write_shards(
@@ -175,7 +183,7 @@ def _about(plan: Plan, target: Path, how: Options) -> dict[str, Any]:
     model = plan.model
     return {
         "source": str(model.path),
-        "model": "." if how.receipt_is_inside else os.path.relpath(target, Path(str(how.receipt)).parent),
+        "model": how.seen_from_receipt(target),
         "kind": model.weights.kind,
         "step": model.step,
         "world_size": model.weights.world_size,

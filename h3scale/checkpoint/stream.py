@@ -31,12 +31,16 @@ _NO_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPE
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the hub layout as a piece of an output: in which stored tensor it is, and which expert there."""
+    """A tensor of the hub layout as a piece of an output: in which stored tensor it is, and which expert there.
+
+    `shares`: another stored tensor that is these very bytes, where the source says so itself.
+    """
 
     name: str
     tensor: str
     expert: int | None
     source: Stored | Computed
+    shares: str | None = None
 
     @property
     def extents(self) -> Iterator[Extent]:

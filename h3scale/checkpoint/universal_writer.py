@@ -7,7 +7,8 @@ of itself in `zero/optimizer_state.pt`; the counters in the model states of rank
 - values are streamed, and no second copy of them is in the model states and in optimizer_state.pt;
 - settings in which parameter groups differ, such as weight decay, stay the new engine's where the loader would give all of them
   the first group's (ZeRO-3); names of groups, which tell experts' ranks, stay the new engine's too;
-- nothing is unpickled but plain values.
+- nothing is unpickled but plain values;
+- a receipt has the sha256 of every file and tensor, and where each expert's values and moments came from.
 """
 
 import hashlib
@@ -22,13 +23,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from h3scale.checkpoint.extents import Stored, Weights
 from h3scale.checkpoint.journal import Work, check_space, resumed_folder
-from h3scale.checkpoint.model_writer import Options, Summary
+from h3scale.checkpoint.model_writer import Options, Summary, keep_source
+from h3scale.checkpoint.proof import check_disjoint
+from h3scale.checkpoint.receipt import receipt_of, sha256, sha256_around, tensor_entry
 from h3scale.checkpoint.shard_files import TensorSpec
-from h3scale.checkpoint.shards import check_output
+from h3scale.checkpoint.shards import check_output, sync_one
+from h3scale.checkpoint.stacked import Family, pieces_of
 from h3scale.checkpoint.stream import Output, Piece, Writer
 from h3scale.checkpoint.tag_folder import UNIVERSAL, TagFolder, find_files
 from h3scale.checkpoint.torch_files import PlainLossScaler, TorchFile
-from h3scale.checkpoint.training_checkpoint import find_checkpoint
+from h3scale.checkpoint.training_checkpoint import MODEL, TrainingCheckpoint, find_checkpoint
 from h3scale.checkpoint.zero import open_deepspeed
 from h3scale.errors import UnsafeError, UsageError
 from h3scale.log import progress
@@ -49,17 +53,25 @@ _SHARDED = (
 
 @dataclass(frozen=True)
 class _File:
-    """A file of torch.save: `states`, in which `values` is to be under "param"; `states` alone when there are none."""
+    """A file of torch.save: `states`, in which `values` is to be under "param"; `states` alone when there are none.
+
+    `pieces`: the values again, by what they are in the hub layout.
+    """
 
     name: str
     states: Any
     values: Stored | None = None
+    pieces: tuple[Piece, ...] = ()
 
 
-def write_universal(source: str | Path, target: str | Path, how: Options, force: bool = False) -> Summary:
+def write_universal(
+    source: str | Path, target: str | Path, how: Options, force: bool = False, config_from: str | Path | None = None
+) -> Summary:
     """Writes a training checkpoint of ZeRO-1, 2 or 3 as a universal one. The same call goes on where a killed one was.
 
-    Raises what the readers of ZeRO checkpoints do, DataError (65) also where the optimizer has no moments yet.
+    A config.json, the checkpoint's own or that of `config_from`, gives the receipt the names of the hub layout; without one it
+    has those that are stored. Raises what the readers of ZeRO checkpoints do, DataError (65) also where the optimizer has no
+    moments yet, or has other experts than the config asks for.
     """
     start = time.monotonic()
     check_output(target, force)
@@ -69,27 +81,43 @@ def write_universal(source: str | Path, target: str | Path, how: Options, force:
     if files.universal:
         raise UsageError(f"{source}: is a universal checkpoint already")
     weights = open_deepspeed(checkpoint.deepspeed)
-    plan = list(_plan(files, weights))
-    stored = [file.values for file in plan if file.values]
-    with resumed_folder(target, _key(files, plan), force, how.fsync) as work:
-        check_space(work.folder, sum(file.values.numel * file.values.dtype.itemsize for file in _left(plan, work) if file.values))
-        _write(work, plan, how)
+    family = Family.of(Path(config_from) if config_from else checkpoint.path / MODEL, weights, needed=config_from is not None)
+    plan = list(_plan(files, weights, family))
+    outputs = {file.name: _output(file, file.values) for file in plan if file.values}
+    check_disjoint(outputs)
+    keep_source(Path(target), checkpoint.path, outputs, checkpoint.path, checkpoint.deepspeed)
+    with resumed_folder(target, _key(files, plan, how), force, how.fsync) as work:
+        check_space(work.folder, sum(outputs[file.name].spec.num_bytes for file in _left(plan, work) if file.values))
+        _write(work, plan, outputs, how)
+        if how.receipt is not None:
+            about = _about(checkpoint, weights, family, how.seen_from_receipt(Path(target)))
+            how.write_receipt(work.folder, _receipt(work, plan, outputs, about))
+    return _summary(Path(target), checkpoint, weights, outputs, time.monotonic() - start)
+
+
+def _summary(
+    target: Path, checkpoint: TrainingCheckpoint, weights: Weights, outputs: dict[str, Output], duration_s: float
+) -> Summary:
     return Summary(
-        target=Path(target),
+        target=target,
         source=checkpoint.path,
         kind=weights.kind,
-        step=(checkpoint.manifest or {}).get("step", weights.step),
+        step=_step(checkpoint, weights),
         world_size=weights.world_size,
         ep_size=weights.ep_size,
         num_tensors=len(weights.entries),
         num_parameters=sum(entry.numel for entry in weights.entries.values()),
-        num_bytes=sum(values.numel * values.dtype.itemsize for values in stored),
-        dtypes=tuple(sorted({values.dtype for values in stored}, key=str)),
-        duration_s=time.monotonic() - start,
+        num_bytes=sum(output.spec.num_bytes for output in outputs.values()),
+        dtypes=tuple(sorted({output.spec.dtype for output in outputs.values()}, key=str)),
+        duration_s=duration_s,
     )
 
 
-def _plan(files: TagFolder, weights: Weights) -> Iterator[_File]:
+def _step(checkpoint: TrainingCheckpoint, weights: Weights) -> int | None:
+    return (checkpoint.manifest or {}).get("step", weights.step)
+
+
+def _plan(files: TagFolder, weights: Weights, family: Family) -> Iterator[_File]:
     model = TorchFile(files.whole or files.model[0])
     optim = TorchFile(files.optim[0])
     moments = {moment: open_deepspeed(files.path, moment) for moment in MOMENTS}
@@ -102,12 +130,13 @@ def _plan(files: TagFolder, weights: Weights) -> Iterator[_File]:
         if name in buffers:
             continue
         known: dict[str, Any] = {_PARAM: None, "cat_dim": 0}
-        if name.rpartition(".")[0] in prefixes:
+        is_stack = name.rpartition(".")[0] in prefixes
+        if is_stack:
             known |= {"is_expert_param": True, "ep_num_experts": values.shape[0]}
-        yield _File(f"{UNIVERSAL}/{name}/{VALUES}.pt", known, values)
+        yield _File(f"{UNIVERSAL}/{name}/{VALUES}.pt", known, values, pieces_of(family, name, values, is_stack))
         trained = {moment: of.entries[name] for moment, of in moments.items() if name in of.entries}
         for moment, held in trained.items():
-            yield _File(f"{UNIVERSAL}/{name}/{moment}.pt", known, held)
+            yield _File(f"{UNIVERSAL}/{name}/{moment}.pt", known, held, pieces_of(family, name, held, is_stack, moment))
         if trained:
             yield _File(f"{UNIVERSAL}/{name}/step.pt", state[0]["step"])
     kept = {key: value for key, value in optim.get("optimizer_state_dict").items() if key not in _SHARDED}
@@ -164,31 +193,61 @@ def _left(plan: list[_File], work: Work) -> list[_File]:
     return [file for file in plan if file.name not in work.done]
 
 
-def _write(work: Work, plan: list[_File], how: Options) -> None:
-    outputs = {
-        file.name: Output(TensorSpec(file.name, file.values.shape, file.values.dtype), file.values, (_piece(file, file.values),))
-        for file in plan
-        if file.values
-    }
+def _output(file: _File, values: Stored) -> Output:
+    return Output(TensorSpec(file.name, values.shape, values.dtype), values, file.pieces)
+
+
+def _write(work: Work, plan: list[_File], outputs: dict[str, Output], how: Options) -> None:
     left = _left(plan, work)
     total, missing = (sum(outputs[file.name].spec.num_bytes for file in files if file.values) / 1e6 for files in (plan, left))
+    hashing = how.receipt is not None
     with progress("universal", total, "MB", total - missing) as bar:
-        writer = Writer(outputs, how.num_workers, hashing=False, fsync=how.fsync, bar=bar)
+        writer = Writer(outputs, how.num_workers, hashing=hashing, fsync=how.fsync, bar=bar)
         try:
             for file in left:
                 path = work.unfinished()
                 if file.values is None:
                     torch.save(file.states, path)
-                else:
-                    at = _save_empty(path, file.states, file.values)
-                    writer.fill(path, [outputs[file.name].spec], {file.name: at})
-                work.finish(file.name, None)
+                    if how.fsync:
+                        sync_one(path)
+                    work.finish(file.name, {"sha256": sha256(path)} if hashing else None)
+                    continue
+                at, spec = _save_empty(path, file.states, file.values), outputs[file.name].spec
+                hashes = writer.fill(path, [spec], {file.name: at})
+                around = sha256_around(path, at, spec.num_bytes) if hashing else None
+                work.finish(file.name, [at, around, hashes[file.name]] if hashing else None)
         finally:
             writer.close()
 
 
-def _piece(file: _File, values: Stored) -> Piece:
-    return Piece(file.name, file.name, None, values)
+def _receipt(work: Work, plan: list[_File], outputs: dict[str, Output], about: dict[str, Any]) -> dict[str, Any]:
+    """The receipt, of what was remembered of every file when it was written."""
+    files, tensors = {}, {}
+    for file in plan:
+        if file.values is None:
+            files[file.name] = work.done[file.name]
+            continue
+        at, around, hashed = work.done[file.name]
+        num_bytes = (work.folder / file.name).stat().st_size
+        files[file.name] = {"header_sha256": around, "bytes": num_bytes, "values": [at, outputs[file.name].spec.num_bytes]}
+        tensors[file.name] = tensor_entry(outputs[file.name], file.name, hashed, Path(about["source"]))
+    return receipt_of(about, files, tensors)
+
+
+def _about(checkpoint: TrainingCheckpoint, weights: Weights, family: Family, model: str) -> dict[str, Any]:
+    return {
+        "source": str(checkpoint.path),
+        "model": model,
+        "kind": weights.kind,
+        "step": _step(checkpoint, weights),
+        "world_size": weights.world_size,
+        "ep_size": weights.ep_size,
+        "layout_read": family.layout,
+        "layout": "universal",
+        "dtype": None,
+        "only": None,
+        "model_type": family.model_type,
+    }
 
 
 def _save_empty(path: Path, states: dict[str, Any], values: Stored) -> int:
@@ -202,8 +261,8 @@ def _save_empty(path: Path, states: dict[str, Any], values: Stored) -> int:
     return extents[0].offset if extents else 0
 
 
-def _key(files: TagFolder, plan: list[_File]) -> str:
+def _key(files: TagFolder, plan: list[_File], how: Options) -> str:
     """Of the same work, the same: what is read, as it is now, and what is to come of it."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files.path.iterdir())]
     work = [(file.name, file.values) for file in plan]
-    return hashlib.sha256(repr([str(files.path), stats, work]).encode()).hexdigest()
+    return hashlib.sha256(repr([str(files.path), stats, work, how.receipt is not None]).encode()).hexdigest()

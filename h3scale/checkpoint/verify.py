@@ -149,6 +149,7 @@ def _checks(subject: Subject, report: Report, hashes: bool) -> Iterator[tuple[st
         yield "strangers", partial(training.check_strangers, subject.checkpoint)
         yield "pickles", partial(files.check_torch_files, subject)
         yield "ranks", partial(training.check_ranks, subject, report)
+        yield "checksums", partial(sums.check_the_receipt, subject, report)
     else:
         yield "headers", partial(files.check_headers, subject)
         yield "pickles", partial(files.check_pickles, subject)

@@ -155,13 +155,15 @@ def official(base, identical):
     return states
 
 
-@pytest.mark.parametrize("identical", [True, False])
-def test_an_official_moe_becomes_a_mixtral_and_says_when_its_experts_are_one(llama, tmp_path, caplog, identical):
+@pytest.mark.parametrize(("identical", "stored_once"), [(True, True), (True, False), (False, False)])
+def test_an_official_moe_becomes_a_mixtral_and_says_when_its_experts_are_one(llama, tmp_path, caplog, identical, stored_once):
     states = official(llama, identical)
-    torch.save({name: values.clone() for name, values in states.items()}, tmp_path / "moe.pt")
+    torch.save({name: values if stored_once else values.clone() for name, values in states.items()}, tmp_path / "moe.pt")
     with caplog.at_level(logging.WARNING, "h3scale"):
         convert(tmp_path / "moe.pt", tmp_path / "out", to="hub", config_from=llama)
     assert ("experts 0, 1, 2 are identical" in caplog.text) == identical
+    assert check_receipt(tmp_path / "out" / RECEIPT)[1] == []
+    assert read_json(tmp_path / "out" / RECEIPT)["experts"] == {"layers": 2, "experts": 3, "matrices": 3, "arrived": 18}
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16, output_loading_info=True)
     assert not any(info.values())
     config = read_json(tmp_path / "out" / "config.json")
@@ -175,6 +177,41 @@ def test_an_official_moe_becomes_a_mixtral_and_says_when_its_experts_are_one(lla
             assert torch.equal(block.experts.gate_up_proj[expert], torch.cat([gate, up]))
             assert torch.equal(block.experts.down_proj[expert], down)
     assert torch.equal(loaded.model.embed_tokens.weight, states["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("layout", ["fused", "megablocks"])
+def test_experts_that_the_file_stored_once_arrive_in_every_layout(llama, tmp_path, layout):
+    torch.save(official(llama, True), tmp_path / "moe.pt")
+    convert(tmp_path / "moe.pt", tmp_path / "out", to=layout, config_from=llama)
+    assert check_receipt(tmp_path / "out" / RECEIPT)[1] == []
+    same = verify(tmp_path / "out", tmp_path / "moe.pt", config_from=llama)
+    assert same.num_equal_tensors == 2 * (3 * 3 + 1) + sum(".mlp." not in name for name in load_file(llama / "model.safetensors"))
+
+
+def _unsaid(pieces):
+    del pieces[1]["shares"]
+
+
+def _of_one_tensor(pieces):
+    pieces[2]["tensor"] = pieces[1]["tensor"]
+
+
+def _a_part_of_it(pieces):
+    for run in pieces[1]["bytes"]:
+        run[2] -= 2
+
+
+@pytest.mark.parametrize("edit", [_unsaid, _of_one_tensor, _a_part_of_it])
+def test_bytes_of_two_experts_are_one_only_when_the_file_itself_stored_both_once(llama, tmp_path, edit):
+    torch.save(official(llama, True), tmp_path / "moe.pt")
+    convert(tmp_path / "moe.pt", tmp_path / "out", to="hub", config_from=llama)
+    receipt = read_json(tmp_path / "out" / RECEIPT)
+    names = [f"model.layers.1.block_sparse_moe.experts.{expert}.w2.weight" for expert in range(3)]
+    pieces = [receipt["tensors"][name]["from"][0] for name in names]
+    assert [piece.get("shares") for piece in pieces] == [None, pieces[0]["tensor"], pieces[0]["tensor"]]
+    edit(pieces)
+    write_json(tmp_path / "out" / RECEIPT, receipt)
+    assert any("are made of the same bytes" in finding for finding in check_receipt(tmp_path / "out" / RECEIPT)[1])
 
 
 class Hostile:

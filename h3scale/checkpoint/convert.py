@@ -38,8 +38,8 @@ def convert(
     """
     how = Options(**options)
     if to == UNIVERSAL:
-        if how.dtype is not None or expert is not None:
-            raise UsageError(f"--to {UNIVERSAL}: takes no --dtype and no --expert: it is what the optimizer had")
+        if how.dtype is not None or expert is not None or base is not None:
+            raise UsageError(f"--to {UNIVERSAL}: takes no --dtype, no --expert and no --base: it is what the optimizer had")
         return write_universal(source, target, how, force, config_from)
     check_output(target, force)
     if expert is not None and to != DENSE:

@@ -18,8 +18,6 @@ from typing import IO, Any
 from h3scale.checkpoint.shards import check_output, put, sync, sync_one
 from h3scale.errors import H3Error, OutputError, StorageError
 
-_UNFINISHED = "unfinished.part"  # torch.save wants something before the dot
-
 
 class Work:
     """The folder while it is written. `done`: what was remembered of each whole file, of this process and of those before."""
@@ -28,16 +26,16 @@ class Work:
         self.folder, self.done, self.fsync = folder, done, fsync
         self._journal = journal
 
-    def unfinished(self) -> Path:
-        """A name for a file while it is written."""
-        return self.folder / _UNFINISHED
+    def unfinished(self, one: str = "unfinished") -> Path:
+        """A name for a file while it is written; for one of several, by what it is called."""
+        return self.folder / f"{one}.part"  # torch.save wants something before the dot, and puts it into the file
 
-    def finish(self, name: str, remembered: Any) -> None:
+    def finish(self, name: str, remembered: Any, one: str = "unfinished") -> None:
         """The unfinished file is whole and on disk; it gets its name."""
         path = self.folder / name
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
-        self.unfinished().rename(path)
+        self.unfinished(one).rename(path)
         if self.fsync:
             sync_one(path.parent)
         self._journal.write(json.dumps([name, path.stat().st_size, remembered]) + "\n")

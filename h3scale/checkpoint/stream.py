@@ -10,11 +10,11 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -89,23 +89,26 @@ class Writer:
                 if shard.num_bytes:
                     os.posix_fallocate(file.fileno(), 0, shard.num_bytes)  # a full disk says so now
                 write_all(file.fileno(), memoryview(shard.header), 0)
-                hashes = self._write_tensors(shard.specs, shard.offsets, file.fileno())
+                hashes = self._write_tensors([(spec, shard.offsets[spec.name], file.fileno()) for spec in shard.specs])
                 if self.fsync:
                     os.fsync(file.fileno())
         except OSError as error:
             raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
         return hashes
 
-    def fill(self, path: Path, specs: Sequence[TensorSpec], offsets: dict[str, int]) -> Hashes:
-        """Writes tensors at their places into a file that has room for them; else as `write`."""
-        try:
-            with path.open("r+b", buffering=0) as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)  # its holes too: a full disk says so now
-                hashes = self._write_tensors(specs, offsets, file.fileno())
-                if self.fsync:
+    def fill(self, places: Sequence[tuple[Path, TensorSpec, int]]) -> Hashes:
+        """Writes tensors into files that have room for them from a byte on, all at once; else as `write`."""
+        files: list[IO[bytes]] = []
+        with ExitStack() as stack:
+            try:
+                for path, _, _ in places:
+                    files.append(stack.enter_context(path.open("r+b", buffering=0)))
+                    os.posix_fallocate(files[-1].fileno(), 0, os.fstat(files[-1].fileno()).st_size)  # its holes too, as above
+                hashes = self._write_tensors([(spec, at, file.fileno()) for (_, spec, at), file in zip(places, files, strict=True)])
+                for file in files if self.fsync else ():
                     os.fsync(file.fileno())
-        except OSError as error:
-            raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
+            except OSError as error:
+                raise StorageError(f"{error.filename or places[len(files) - 1][0]}: {error.strerror or error}") from error
         return hashes
 
     def close(self) -> None:
@@ -114,33 +117,34 @@ class Writer:
             os.close(descriptor)
         self._sources.clear()
 
-    def _write_tensors(self, specs: Sequence[TensorSpec], offsets: dict[str, int], target: int) -> Hashes:
-        tasks = [task for spec in specs for task in self._tasks(self.outputs[spec.name], offsets[spec.name])]
+    def _write_tensors(self, places: Sequence[tuple[TensorSpec, int, int]]) -> Hashes:
+        """Writes each tensor from a byte of an open file on."""
+        tasks = [task for spec, at, target in places for task in self._tasks(self.outputs[spec.name], at, target)]
         tasks.sort(key=lambda task: -task.source.numel)  # the largest first: no thread is left alone with it at the end
         with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            done = [pool.submit(self._run, task, target) for task in tasks]
+            done = [pool.submit(self._run, task) for task in tasks]
             try:
                 hashed = {task.name: future.result() for task, future in zip(tasks, done, strict=True)}
             except BaseException:
                 self.stopped = True  # a tensor may be large: who waits for Ctrl-C does not wait for it
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        return {spec.name: hashed[spec.name] for spec in specs} if self.hashing else {}
+        return {spec.name: hashed[spec.name] for spec, _, _ in places} if self.hashing else {}
 
-    def _tasks(self, output: Output, at: int) -> Iterator["_Task"]:
+    def _tasks(self, output: Output, at: int, target: int) -> Iterator["_Task"]:
         """One task a tensor where it is hashed, from its first byte to its last; else pieces that threads share."""
         spec, source = output.spec, output.source
         if self.hashing or isinstance(source, Computed):
-            yield _Task(spec.name, source, spec.dtype, at, output.changes)
+            yield _Task(spec.name, source, spec.dtype, at, target, output.changes)
             return
         step = PIECE_BYTES // source.dtype.itemsize
         for start in range(0, source.numel, step):
             piece = source.flat(start, min(start + step, source.numel))
-            yield _Task(spec.name, piece, spec.dtype, at + start * spec.dtype.itemsize, output.changes)
+            yield _Task(spec.name, piece, spec.dtype, at + start * spec.dtype.itemsize, target, output.changes)
 
-    def _run(self, task: "_Task", target: int) -> list[str]:
+    def _run(self, task: "_Task") -> list[str]:
         if not (self.hashing or task.changes):
-            self._copy(task, target)
+            self._copy(task)
             return []
         written, read = hashlib.sha256(), hashlib.sha256()
         at = task.at
@@ -148,21 +152,21 @@ class Writer:
             values = bytes_of(block.to(task.dtype))
             if self.hashing:
                 written.update(values)
-            write_all(target, values, at)
+            write_all(task.target, values, at)
             at += len(values)
             self._advance(len(values))
         if not task.changes:
             return [written.hexdigest()]
         return [written.hexdigest(), *([read.hexdigest()] if isinstance(task.source, Stored) else [])]
 
-    def _copy(self, task: "_Task", target: int) -> None:
+    def _copy(self, task: "_Task") -> None:
         assert isinstance(task.source, Stored)
         at = task.at
         for extent in task.source.extents:
             source, done = self._open(extent.path), 0
             while done < extent.num_bytes:
                 wanted = min(extent.num_bytes - done, PIECE_BYTES // 4)
-                count = self._copy_some(source, target, extent.offset + done, at + done, wanted, extent.path)
+                count = self._copy_some(source, task.target, extent.offset + done, at + done, wanted, extent.path)
                 done += count
                 self._advance(count)
             at += extent.num_bytes
@@ -216,12 +220,13 @@ class Writer:
 
 @dataclass(frozen=True)
 class _Task:
-    """A run of values to write at byte `at` of a shard."""
+    """A run of values to write at byte `at` of an open file, `target`."""
 
     name: str
     source: Stored | Computed
     dtype: torch.dtype
     at: int
+    target: int
     changes: bool
 
 

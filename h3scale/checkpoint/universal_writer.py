@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -204,20 +205,37 @@ def _write(work: Work, plan: list[_File], outputs: dict[str, Output], how: Optio
     with progress("universal", total, "MB", total - missing) as bar:
         writer = Writer(outputs, how.num_workers, hashing=hashing, fsync=how.fsync, bar=bar)
         try:
-            for file in left:
-                path = work.unfinished()
-                if file.values is None:
-                    torch.save(file.states, path)
-                    if how.fsync:
-                        sync_one(path)
-                    work.finish(file.name, {"sha256": sha256(path)} if hashing else None)
-                    continue
-                at, spec = _save_empty(path, file.states, file.values), outputs[file.name].spec
-                hashes = writer.fill(path, [spec], {file.name: at})
-                around = sha256_around(path, at, spec.num_bytes) if hashing else None
-                work.finish(file.name, [at, around, hashes[file.name]] if hashing else None)
+            for _, files in groupby(left, lambda file: (Path(file.name).parent, file.values is None)):
+                together = list(files)  # the values and moments of a tensor: each is hashed from its first byte to its last
+                if together[0].values is None:
+                    _write_states(work, together, hashing)
+                else:
+                    _write_values(work, together, writer)
         finally:
             writer.close()
+
+
+def _write_states(work: Work, files: list[_File], hashing: bool) -> None:
+    for file in files:
+        path = work.unfinished()
+        torch.save(file.states, path)
+        if work.fsync:
+            sync_one(path)
+        work.finish(file.name, {"sha256": sha256(path)} if hashing else None)
+
+
+def _write_values(work: Work, files: list[_File], writer: Writer) -> None:
+    """Files of values, on as many threads as there are files."""
+    ones = {file.name: Path(file.name).stem for file in files}
+    places = [
+        (path := work.unfinished(ones[file.name]), writer.outputs[file.name].spec, _save_empty(path, file.states, file.values))
+        for file in files
+        if file.values
+    ]
+    hashes = writer.fill(places)
+    for path, spec, at in places:
+        remembered = [at, sha256_around(path, at, spec.num_bytes), hashes[spec.name]] if writer.hashing else None
+        work.finish(spec.name, remembered, ones[spec.name])
 
 
 def _receipt(work: Work, plan: list[_File], outputs: dict[str, Output], about: dict[str, Any]) -> dict[str, Any]:

@@ -188,6 +188,7 @@ def convert(
     if to is Layout.universal:
         load = f"engine.load_checkpoint('{target.parent}', tag='{target.name}') with checkpoint.load_universal"
         print(f"universal: {target}   next: {load}; frozen weights come from the model that the engine is built with")
+        print(f"to check it: h3scale checkpoint verify {target}")
         return
     print(f"model: {target}   next: h3scale checkpoint verify {target}")
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from h3scale.checkpoint.extents import Extent, Stored
-from h3scale.errors import DataError, UnsafeError
+from h3scale.errors import DataError, StorageError, UnsafeError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip record: signature, ..., lengths of its name and of its extra field
 _STORAGE = re.compile(r"[^/]+/data/\d+")
 _PICKLE = b"\x80"  # what a pickle without a zip around it begins with
+# Of torch.save's RuntimeErrors when the disk refuses. Most of them do not say why ("unexpected pos 160704 vs 160592").
+_REFUSALS = ("inline_container.cc", "PytorchStreamWriter", "write(): fd", "Parent directory", "iostream error")
 
 
 class TorchFile:
@@ -110,3 +112,25 @@ def _load(path: Path) -> Any:
         raise UnsafeError(f"{path}: its pickle wants {what}; refused, because loading it could run code") from None
     except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         raise DataError(f"{path}: not a readable torch file ({str(error).splitlines()[0][:200]})") from error
+
+
+def save(states: Any, path: Path) -> None:
+    """torch.save; StorageError (74) when the disk refuses."""
+    try:
+        torch.save(states, path)
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if not is_refusal(error):
+            raise
+        raise StorageError(f"{path}: cannot be written: {not_whole(error)}") from error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether torch.save raised this because the disk refused."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+
+
+def not_whole(error: Exception) -> str:
+    """What happened then, in words."""
+    return f"torch could not write all of it ({next(iter(str(error).splitlines()), '')})"

@@ -32,7 +32,7 @@ from h3scale.checkpoint.shards import check_output, sync_one
 from h3scale.checkpoint.stacked import Family, pieces_of
 from h3scale.checkpoint.stream import Output, Piece, Writer
 from h3scale.checkpoint.tag_folder import UNIVERSAL, TagFolder, find_files
-from h3scale.checkpoint.torch_files import PlainLossScaler, TorchFile
+from h3scale.checkpoint.torch_files import PlainLossScaler, TorchFile, save
 from h3scale.checkpoint.training_checkpoint import MODEL, TrainingCheckpoint, find_checkpoint
 from h3scale.checkpoint.zero import open_deepspeed
 from h3scale.errors import UnsafeError, UsageError
@@ -218,7 +218,7 @@ def _write(work: Work, plan: list[_File], outputs: dict[str, Output], how: Optio
 def _write_states(work: Work, files: list[_File], hashing: bool) -> None:
     for file in files:
         path = work.unfinished()
-        torch.save(file.states, path)
+        save(file.states, path)
         if work.fsync:
             sync_one(path)
         work.finish(file.name, {"sha256": sha256(path)} if hashing else None)
@@ -273,7 +273,7 @@ def _save_empty(path: Path, states: dict[str, Any], values: Stored) -> int:
     with FakeTensorMode():
         empty = torch.empty(values.shape, dtype=values.dtype)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(states | {_PARAM: empty}, path)
+        save(states | {_PARAM: empty}, path)
     file = TorchFile(path)
     extents = file.stored(file.states[_PARAM]).extents
     return extents[0].offset if extents else 0

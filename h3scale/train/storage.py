@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from h3scale.checkpoint.expected import expected_shapes
+from h3scale.checkpoint.torch_files import is_refusal, not_whole
 from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import OutputError, StorageError
 from h3scale.log import logger
@@ -17,8 +18,6 @@ from h3scale.model.trainable import group_of, whole_shape
 from h3scale.train.engine import Run
 
 STATES = 3  # that a checkpoint has of each trained parameter: the fp32 master and two moments of AdamW
-# Of torch.save's RuntimeErrors. Most of them do not say why ("unexpected pos 160704 vs 160592").
-WORDS = ("inline_container.cc", "PytorchStreamWriter", "write(): fd", "Parent directory", "iostream error")
 RUST = "(os error "  # in the plain Exceptions of tokenizers
 GB = 1e9
 
@@ -33,10 +32,10 @@ def writing(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise _refused(folder, folder, str(error)) from error
     except Exception as error:
-        told = isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+        told = is_refusal(error)
         if not told and not (type(error) is Exception and RUST in str(error)):
             raise
-        why = f"torch could not write all of it ({next(iter(str(error).splitlines()), '')})" if told else str(error)
+        why = not_whole(error) if told else str(error)
         raise _refused(folder, folder, why) from error
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from pathlib import Path
+from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from h3scale.checkpoint.receipt import RECEIPT, check_receipt
 from h3scale.checkpoint.shard_files import CODES
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.checkpoint.verify import examine, verify
-from h3scale.errors import DataError, UnsafeError, UsageError
+from h3scale.errors import DataError, StorageError, UnsafeError, UsageError
 from tests.unit.checkpoint.conftest import NUM_EXPERTS, stacked, with_adam, write_training
 
 
@@ -293,3 +294,17 @@ def test_nothing_replaces_what_it_is_made_from(shard, tmp_path, within):
     with pytest.raises(UnsafeError, match="would replace what it is made from"):
         convert(run, tmp_path / "run" / within, to="universal", force=True)
     assert verify(run, hashes=True).errors == []
+
+
+@pytest.mark.parametrize("room", [200, 5000])  # for no file of torch.save; for small ones
+def test_a_disk_that_refuses_is_one_line_and_the_same_call_goes_on(written, tmp_path, room):
+    soft, hard = getrlimit(RLIMIT_FSIZE)
+    setrlimit(RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(StorageError, match=r"cannot be written|File too large"):
+            convert(written / "run", tmp_path / "out", to="universal")
+    finally:
+        setrlimit(RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+    convert(written / "run", tmp_path / "out", to="universal")
+    assert (tmp_path / "out" / RECEIPT).read_bytes() == (written / "universal" / RECEIPT).read_bytes()

@@ -1,5 +1,6 @@
 """Where the bytes of tensors lie in files. A reader of a checkpoint says this and no more; who wants values reads them."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,6 +69,18 @@ class Stored:
                 read_into(file.fileno(), whole[done : done + extent.num_bytes], extent.offset, extent.path)
             done += extent.num_bytes
         return values.view(self.shape)
+
+    def sha256(self) -> str:
+        """The sha256 of the bytes, read in blocks; of those that are there where a file is shorter than it was."""
+        found = hashlib.sha256()
+        for extent in self.extents:
+            with extent.path.open("rb") as opened:
+                opened.seek(extent.offset)
+                left = extent.num_bytes
+                while left and (block := opened.read(min(BLOCK_BYTES, left))):
+                    found.update(block)
+                    left -= len(block)
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)

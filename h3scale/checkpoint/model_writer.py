@@ -151,13 +151,20 @@ def keep_source(target: Path, source: Path, outputs: dict[str, Output], *more: P
 
 
 def write_shards(
-    work: Work, shards: Sequence[ShardFile], outputs: dict[str, Output], what: str, workers: int, hashing: bool, fsync: bool
+    work: Work,
+    shards: Sequence[ShardFile],
+    outputs: dict[str, Output],
+    what: str,
+    workers: int,
+    hashing: bool,
+    fsync: bool,
+    inputs: bool = True,
 ) -> Hashes:
-    """Writes the shards that are not there yet; the sha256 of all tensors when `hashing`. `what`: the word beside the bar."""
+    """Writes the shards that are not there yet; hashes as Writer has them. `what`: the word beside the bar."""
     hashes: Hashes = {}
     before = sum(shard.num_bytes for shard in shards if shard.name in work.done)
     with progress(what, sum(shard.num_bytes for shard in shards) / 1e6, "MB", before / 1e6) as bar:
-        writer = Writer(outputs, workers, hashing=hashing, fsync=fsync, bar=bar)
+        writer = Writer(outputs, workers, hashing=hashing, fsync=fsync, bar=bar, inputs=inputs)
         try:
             for shard in shards:
                 if shard.name not in work.done:

@@ -5,8 +5,8 @@ value of a tensor: of safetensors files the header, of torch.save's what is arou
 `tensors` (for each: file, dtype, shape, sha256; `from`: a list, in the order of the bytes, of the tensors of the hub layout that
 it holds (`name`), each with the tensor of the source that it was in, the expert there, and the runs of bytes [file, offset,
 length] that it is, or that it was computed of; `shares` where the source stored it once with another; `sha256_read` and
-`dtype_read` where the bytes were changed), `experts` (how many layers, experts and matrices, and how many matrices arrived
-exactly once). It has no times in it: the same work gives the same receipt.
+`dtype_read` where the bytes were changed, piece by piece where they were computed), `experts` (how many layers, experts and
+matrices, and how many matrices arrived exactly once). It has no times in it: the same work gives the same receipt.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from h3scale.checkpoint.extents import BLOCK_BYTES, Extent, Stored
+from h3scale.checkpoint.extents import Extent, Stored
 from h3scale.checkpoint.headers import read_header
 from h3scale.checkpoint.inside import path_inside
 from h3scale.checkpoint.proof import check_receipt_runs, experts_in, not_arrived
 from h3scale.checkpoint.shard_files import CODES, ShardFile, header_of
 from h3scale.checkpoint.shards import read_json
-from h3scale.checkpoint.stream import Hashes, Output, Piece
+from h3scale.checkpoint.stream import Hashes, Output, Piece, inputs_of
 from h3scale.checkpoint.swaps import swapped
 from h3scale.errors import DataError, MissingInputError
 
@@ -55,12 +55,13 @@ def receipt_of(about: dict[str, Any], files: dict[str, Any], tensors: dict[str, 
 
 def tensor_entry(output: Output, file: str, hashed: list[str], root: Path) -> dict[str, Any]:
     """What a receipt says of a tensor in `file`. `hashed`: as in Hashes; `root`: whence the source's files are named."""
+    read = iter([] if isinstance(output.source, Stored) else hashed[1:])  # of a computed tensor, of each that it is made of
     entry: dict[str, Any] = {
         "file": file,
         "dtype": CODES[output.spec.dtype],
         "shape": list(output.spec.shape),
         "sha256": hashed[0],
-        "from": [_origin(piece, root) for piece in output.pieces],
+        "from": [_origin(piece, root, read) for piece in output.pieces],
     }
     if output.changes and isinstance(output.source, Stored):
         entry |= {"dtype_read": CODES[output.source.dtype], "sha256_read": hashed[1]}
@@ -114,7 +115,7 @@ def _hash_values(file: Path, name: str, entry: dict[str, Any]) -> tuple[str, dic
         safetensors = read_header(file)
         found = safetensors.tensors
         is_whole, header = not safetensors.findings, hashlib.sha256(header_of(file)).hexdigest()
-    return header, {tensor: _sha256_of(stored) for tensor, stored in found.items()} if is_whole else {}
+    return header, {tensor: stored.sha256() for tensor, stored in found.items()} if is_whole else {}
 
 
 def _changed(folder: Path, receipt: dict[str, Any], hashes: dict[str, str], own: str) -> Iterator[str]:
@@ -128,19 +129,6 @@ def _changed(folder: Path, receipt: dict[str, Any], hashes: dict[str, str], own:
         if name not in explained:
             file = folder / receipt["tensors"][name]["file"]
             yield f"{file}: sha256 differs from {own} in {name}: the file has changed since it was written"
-
-
-def _sha256_of(stored: Stored) -> str:
-    """The sha256 of a tensor's bytes, read in blocks."""
-    found = hashlib.sha256()
-    for extent in stored.extents:
-        with extent.path.open("rb") as opened:
-            opened.seek(extent.offset)
-            left = extent.num_bytes
-            while left and (block := opened.read(min(BLOCK_BYTES, left))):
-                found.update(block)
-                left -= len(block)
-    return found.hexdigest()
 
 
 def _check_proof(path: Path, receipt: dict[str, Any]) -> list[str]:
@@ -164,7 +152,7 @@ def _check_proof(path: Path, receipt: dict[str, Any]) -> list[str]:
     return findings
 
 
-def _origin(piece: Piece, root: Path) -> dict[str, Any]:
+def _origin(piece: Piece, root: Path, read: Iterator[str]) -> dict[str, Any]:
     def runs(stored: Stored) -> list[list[Any]]:
         return [[os.path.relpath(extent.path, root), extent.offset, extent.num_bytes] for extent in stored.extents]
 
@@ -173,16 +161,18 @@ def _origin(piece: Piece, root: Path) -> dict[str, Any]:
         origin["expert"] = piece.expert
     if piece.shares is not None:
         origin["shares"] = piece.shares
+    hashes = {name: found for name, found in zip(inputs_of(piece.source), read, strict=False)}
     if isinstance(piece.source, Stored):
-        return origin | {"bytes": runs(piece.source)}
-    return origin | {"made_of": {name: runs(stored) for name, stored in piece.source.inputs.items()}}
+        return origin | {"bytes": runs(piece.source)} | ({"sha256_read": hashes[""]} if hashes else {})
+    made_of = {name: runs(stored) for name, stored in piece.source.inputs.items()}
+    return origin | {"made_of": made_of} | ({"sha256_read": hashes} if hashes else {})
 
 
 def sha256_around(path: Path, at: int, num_bytes: int) -> str:
     """The sha256 of a file without the bytes of the tensor that lies there."""
     after = at + num_bytes
     rest = max(path.stat().st_size - after, 0)
-    return _sha256_of(Stored((at + rest,), torch.uint8, (Extent(path, 0, at), Extent(path, after, rest))))
+    return Stored((at + rest,), torch.uint8, (Extent(path, 0, at), Extent(path, after, rest))).sha256()
 
 
 def sha256(path: Path) -> str:

@@ -69,14 +69,19 @@ def inputs_of(source: Stored | Computed) -> dict[str, Stored]:
     return source.inputs if isinstance(source, Computed) else {"": source}
 
 
-Hashes = dict[str, list[str]]  # of each tensor: sha256 as written, and as read where the bytes changed
+# Of each tensor: sha256 as written; where the bytes changed also as read: of the tensor, or by pieces of what it was computed of.
+Hashes = dict[str, list[str]]
 
 
 class Writer:
-    """Writes shards with so many threads. `hashing`: the sha256 of every tensor, of unchanged bytes taken once."""
+    """Writes shards with so many threads. `hashing`: the sha256 of every tensor, of unchanged bytes taken once.
 
-    def __init__(self, outputs: dict[str, Output], workers: int, hashing: bool, fsync: bool, bar: Progress):
+    `inputs`: with it also of what tensors are computed of, which is read once more for it.
+    """
+
+    def __init__(self, outputs: dict[str, Output], workers: int, hashing: bool, fsync: bool, bar: Progress, inputs: bool = True):
         self.outputs, self.workers, self.hashing, self.fsync, self.bar = outputs, workers, hashing, fsync, bar
+        self.inputs = inputs
         self.stopped = False
         self._lock, self._local = threading.Lock(), threading.local()
         self._sources: dict[Path, int] = {}
@@ -157,7 +162,10 @@ class Writer:
             self._advance(len(values))
         if not task.changes:
             return [written.hexdigest()]
-        return [written.hexdigest(), *([read.hexdigest()] if isinstance(task.source, Stored) else [])]
+        if isinstance(task.source, Stored):
+            return [written.hexdigest(), read.hexdigest()]
+        pieces = self.outputs[task.name].pieces if self.hashing and self.inputs else ()
+        return [written.hexdigest(), *(stored.sha256() for piece in pieces for stored in inputs_of(piece.source).values())]
 
     def _copy(self, task: "_Task") -> None:
         assert isinstance(task.source, Stored)

@@ -124,7 +124,8 @@ def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How |
     shards = plan_shards(plan.tensors, how.max_shard_bytes)
     with resumed_folder(out, _key(plan, shards, how), force, how.fsync) as work:
         check_space(work.folder, sum(shard.num_bytes for shard in shards if shard.name not in work.done))
-        hashes = write_shards(work, shards, outputs, "merge", how.num_workers, how.receipt, how.fsync)
+        # merge.json has the sha256 of what was read, file by file
+        hashes = write_shards(work, shards, outputs, "merge", how.num_workers, how.receipt, how.fsync, inputs=False)
         write_descriptions(work.folder, plan.config, shards)
         _copy_extras(plan, work.folder)
         write_json(work.folder / MERGE, provenance(plan, how))

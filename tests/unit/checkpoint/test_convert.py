@@ -1,5 +1,7 @@
 """From layout to layout and back, no bit changes; what is written is what the owners of the layouts read."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,21 @@ def test_from_every_layout_to_every_other(tmp_path, source, target):
     held = [piece["name"] for entry in receipt["tensors"].values() for piece in entry["from"]]
     assert sorted(held) == sorted(in_layout(moe, "hub"))
     assert (receipt["about"]["layout_read"], receipt["about"]["layout"]) == (source, target)
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_the_receipt_has_the_sha256_of_what_a_tensor_was_computed_of(tmp_path, source):
+    """MegaBlocks' w2 is every expert's matrix turned around."""
+    moe = tiny_moe()
+    folder = save_layout(tmp_path / "source", moe, source)
+    convert(folder, tmp_path / "target", to="hub" if source == "megablocks" else "megablocks")
+    tensors = read_json(tmp_path / "target" / RECEIPT)["tensors"]
+    pieces = [piece for entry in tensors.values() for piece in entry["from"] if "made_of" in piece]
+    assert len(pieces) == moe.config.num_hidden_layers * moe.config.num_local_experts
+    for piece in pieces:
+        (key, runs), *more = piece["made_of"].items()
+        read = b"".join((folder / file).read_bytes()[start : start + length] for file, start, length in runs)
+        assert (more, piece["sha256_read"]) == ([], {key: hashlib.sha256(read).hexdigest()})
 
 
 @pytest.mark.parametrize("moe_type", MOE_FAMILIES)

@@ -15,15 +15,24 @@ import torch
 from h3scale.checkpoint.journal import Work, check_space, resumed_folder
 from h3scale.checkpoint.proof import check_disjoint
 from h3scale.checkpoint.receipt import RECEIPT, make_receipt
-from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
-from h3scale.checkpoint.shards import GENERATION, TOKENIZER_FILES, copy_tokenizer, write_descriptions, write_json
+from h3scale.checkpoint.shard_files import INDEX, ShardFile, TensorSpec, plan_shards
+from h3scale.checkpoint.shards import (
+    GENERATION,
+    TOKENIZER_FILES,
+    check_output,
+    copy_tokenizer,
+    read_json,
+    write_descriptions,
+    write_json,
+)
 from h3scale.checkpoint.source_model import SourceModel
 from h3scale.checkpoint.stream import Hashes, Output, Piece, Writer
-from h3scale.errors import UnsafeError, UsageError
+from h3scale.errors import H3Error, OutputError, UnsafeError, UsageError
 from h3scale.log import logger, progress
 from h3scale.model.families import as_published
 
 MAX_SHARD_BYTES = 5_000_000_000
+_OWN_FILES = ("config.json", GENERATION, INDEX, *TOKENIZER_FILES)  # of a model
 MAX_WORKERS = 8  # more threads do not make a disk faster
 
 
@@ -66,6 +75,21 @@ class Options:
     def receipt_is_inside(self) -> bool:
         return Path(str(self.receipt)).name == str(self.receipt)
 
+    def check_receipt(self, target: Path, force: bool) -> None:
+        """The receipt takes no other file's place: UsageError (2) for one of the model's, OutputError (73) for one elsewhere
+        that is there and not of an earlier try (unless `force`), or cannot be there."""
+        if self.receipt is None:
+            return
+        path = Path(str(self.receipt))
+        if self.receipt_is_inside:
+            if path.name in _OWN_FILES or path.suffix != ".json":
+                raise UsageError(f"--receipt: '{path}' is a name for another file of {target} (works: {RECEIPT})")
+            return
+        if not path.parent.is_dir():
+            raise OutputError(f"--receipt: {path}: no such folder (works: a folder that is there)")
+        if not (path.is_file() and _receipt_of(path) == target.resolve()):
+            check_output(path, force)
+
     def write_receipt(self, folder: Path, receipt: dict[str, Any]) -> None:
         """Puts the receipt of what is in `folder` where it is wanted."""
         write_json(folder / str(self.receipt) if self.receipt_is_inside else Path(str(self.receipt)), receipt)
@@ -77,6 +101,14 @@ class Options:
     def dtype_of(self, stored: torch.dtype) -> torch.dtype:
         """What values of a stored dtype become; integers stay what they are."""
         return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+
+def _receipt_of(path: Path) -> Path | None:
+    """The path of the model that a receipt is of; None for any other file."""
+    try:
+        return (path.parent / read_json(path)["about"]["model"]).resolve()
+    except (H3Error, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -105,6 +137,7 @@ def output(name: str, shape: tuple[int, ...], source: Any, pieces: Sequence[Piec
 def write_model_folder(plan: Plan, target: str | Path, how: Options, force: bool, what: str) -> Summary:
     """Writes the plan as a Hugging Face folder. The same call goes on where a killed one was."""
     start, model = time.monotonic(), plan.model
+    how.check_receipt(Path(target), force)
     outputs = plan.chosen(how.only)
     check_disjoint(outputs)
     keep_source(Path(target), model.path, outputs, model.folder)

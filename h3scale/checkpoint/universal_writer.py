@@ -76,6 +76,7 @@ def write_universal(
     """
     start = time.monotonic()
     check_output(target, force)
+    how.check_receipt(Path(target), force)
     checkpoint = find_checkpoint(source, source)  # needs no config
     checkpoint.check_sizes()
     files = find_files(checkpoint.deepspeed)

@@ -19,7 +19,7 @@ from h3scale.checkpoint.shard_files import DTYPES
 from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.checkpoint.torch_files import TorchFile
 from h3scale.cli.checkpoint import app
-from h3scale.errors import DataError, MissingInputError, UnsafeError, UsageError
+from h3scale.errors import DataError, MissingInputError, OutputError, UnsafeError, UsageError
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 
@@ -176,3 +176,21 @@ def test_a_compressed_or_bare_pickle_is_refused_unread(tmp_path):
     (tmp_path / "json.pt").write_text(json.dumps({}))
     with pytest.raises(DataError, match="not a readable torch file"):
         TorchFile(tmp_path / "json.pt")
+
+
+def test_a_receipt_takes_no_other_files_place(shard, tmp_path):
+    run, elsewhere = shard(), tmp_path / "r.json"
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        with pytest.raises(UsageError, match="is a name for another file"):
+            consolidate(run, tmp_path / "out", receipt=name)
+    with pytest.raises(OutputError, match="no such folder"):
+        consolidate(run, tmp_path / "out", receipt=tmp_path / "nowhere" / "r.json")
+    with pytest.raises(OutputError, match="exists already"):
+        consolidate(run, tmp_path / "out", receipt=run / "manifest.json")
+    consolidate(run, tmp_path / "out", receipt=elsewhere)
+    with pytest.raises(OutputError, match="exists already"):
+        consolidate(run, tmp_path / "other", receipt=elsewhere)
+    first = elsewhere.read_bytes()
+    (tmp_path / "out").rename(tmp_path / "gone")  # as after a kill between the receipt and the model's name
+    consolidate(run, tmp_path / "out", receipt=elsewhere)
+    assert elsewhere.read_bytes() == first

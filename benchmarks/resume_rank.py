@@ -38,33 +38,42 @@ def tell_the_first_step() -> None:
     loop.one_step = one_step
 
 
+SAVE, BEGIN, END = "h3scale", "h3scale, in the background: begins", "h3scale, in the background: ends after a step"
+
+
 class Saves:
-    """After each step: h3scale's save, DeepSpeed's own, and a copy of h3scale's bytes by one rank, all by the clock on the wall."""
+    """After each step: h3scale's save, DeepSpeed's own, and a copy of h3scale's bytes by one rank, all by the clock on the wall.
+
+    Every second one is in the background: what holds the training up is that it begins, and that it ends, after the next step.
+    """
 
     def __init__(self, scratch: Path):
         self.scratch, self.plain = scratch, Keeper.save
-        self.seconds: dict[str, list[float]] = {"h3scale": [], "DeepSpeed, without hashes and fsync": [], "cp and fsync": []}
+        self.seconds: dict[str, list[float]] = {}
         self.bytes = 0
         loop.save_if_asked = self.after  # type: ignore[assignment]
 
     def after(self, t: Any, step: int, _asked: Any) -> None:
         if step == t.recipe.steps:
             return
-        folder = t.keeper.state_folder(step)
-        shares: dict[str, Callable[[], None]] = {
-            "h3scale": lambda: t.keeper.save(step),
-            "DeepSpeed, without hashes and fsync": lambda: self._deepspeed(t.run.engine),
-            "cp and fsync": lambda: self._copy(folder) if t.run.rank == 0 else None,
-        }
+        folder, background = t.keeper.state_folder(step), step % 2 == 0
+        settings = t.recipe.save.model_copy(update={"background": background})
+        t.keeper.recipe = t.recipe.model_copy(update={"save": settings})
+        save = {BEGIN if background else SAVE: lambda: t.keeper.save(step, must=False)}
+        shares: dict[str, Callable[[], None]] = save if background else {END: t.keeper.settle, **save}
+        if not background:
+            shares["DeepSpeed, without hashes and fsync"] = lambda: self._deepspeed(t.run.engine)
+            shares["cp and fsync"] = lambda: self._copy(folder) if t.run.rank == 0 else None
         with t.metrics.paused():
             for name, work in shares.items():
                 dist.barrier()
                 began = time.perf_counter()
                 work()
                 dist.barrier()
-                self.seconds[name].append(time.perf_counter() - began)
+                self.seconds.setdefault(name, []).append(time.perf_counter() - began)
                 if t.run.rank == 0:
                     shutil.rmtree(self.scratch, ignore_errors=True)
+        if not background:
             self.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     def _deepspeed(self, engine: Any) -> None:

@@ -149,6 +149,10 @@ class Save(Strict):
     # When the disk refuses a checkpoint that `every` asks for: stop (exit code 74, the checkpoint before stays), because each step
     # from there on would be lost by the next crash; or go_on, said each time, for a disk that is soon as it was (a shared quota).
     on_error: Literal["stop", "go_on"] = "stop"
+    # The checkpoints that `every` asks for: the ranks copy what they have to memory, train on, and write the copy meanwhile; the
+    # next save waits for it. Costs memory, a rank's part of a checkpoint on its host (written at once where that is not free), and
+    # a crash meanwhile takes the run back one checkpoint further: worth it where the disk is slow beside a step.
+    background: bool = False
 
 
 class Tracking(Strict):

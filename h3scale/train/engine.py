@@ -63,8 +63,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)  # type: ignore[arg-type]
     expert_map, moe = _experts(recipe, where)
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    ds_config = complete(values, recipe, where, world_size, moe, ranks_per_node)
+    ds_config = complete(values, recipe, where, world_size, moe, ranks_per_node(world_size))
     zero_stage = _stage(ds_config)
     _check_stage(zero_stage, ds_config, bool(moe), f"{where}: deepspeed: {recipe.deepspeed}")
     if expert_map:
@@ -134,11 +133,15 @@ def _limit_all_groups(timeout: timedelta) -> None:
         distributed_c10d._set_pg_timeout(timeout, group)
 
 
+def ranks_per_node(unknown: int) -> int:
+    """As the launcher says; `unknown` where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or unknown)
+
+
 def _one_core_a_rank() -> None:
     """On a CPU, ranks of one machine share its cores; the deepspeed launcher leaves every rank all of them."""
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_per_node(1)))
 
 
 def _quiet() -> None:

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,18 @@ from h3scale.train.dry_run import out_of_memory_told
 from h3scale.train.engine import Run
 from h3scale.train.naming import delete, lay_out, leave_only, step_folder, take_name
 from h3scale.train.run_facts import add_facts
-from h3scale.train.save import add_to_manifest, write_checkpoint, write_folder
-from h3scale.train.storage import writing
+from h3scale.train.save import Unfinished, add_to_manifest, write_checkpoint, write_folder
+from h3scale.train.storage import has_room_in_memory, writing
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A checkpoint that is being written. `must`: the run cannot go on without it."""
+
+    step: int
+    unfinished: Unfinished
+    must: bool
+
 
 Progress = tuple[dict[str, Any], dict[str, Tensor]]  # what a run has to keep: the same on all ranks (JSON), and each rank's own
 
@@ -56,6 +67,7 @@ class Keeper:
         # What is there, by the steps: ranks must agree, and file systems do not show the same to all of them at once.
         self.states: set[int] = set()
         self.models: set[int] = set()
+        self.pending: Pending | None = None
 
     def resume(self, state: dict[str, Any]) -> None:
         """Goes on from the `kept` of a checkpoint's manifest, with what is there."""
@@ -72,17 +84,39 @@ class Keeper:
         """The model after `step` steps has this mean held-out NLL: kept if it is the best so far, and the one before is not."""
         if not self.keeps_best or not nll < self.best_nll:
             return
+        self.settle()
         self.best_step, self.best_nll = step, nll
         self._write(step, {"best": True, "heldout_nll": nll})
-        if self.run.rank == 0:  # only now that there is a better one
-            self._tidy()
+        self._tidy()  # only now that there is a better one
 
-    def save(self, step: int) -> None:
-        """A checkpoint after `step` steps to go on from; the oldest one beyond `save.keep` goes."""
-        if step not in self.states:
-            self._write_state(step, {"best": False} if self.keeps_best else {})
-        if self.run.rank == 0:
-            self._tidy()
+    def save(self, step: int, must: bool) -> None:
+        """A checkpoint after `step` steps to go on from; the oldest one beyond `save.keep` goes when it is complete.
+
+        StorageError (74) where the disk refuses, if the run `must` have it: if it was asked for by more than `save.every`. Else by
+        `save.on_error`. One that need not be there at once may be written in the background (`save.background`).
+        """
+        self.settle()
+        if step in self.states:
+            return
+        facts = {"best": False} if self.keeps_best else {}
+        try:
+            self._write_state(step, facts, must, not must and self.recipe.save.background and has_room_in_memory(self.run))
+        except StorageError as error:
+            self._refused(step, must, error)
+
+    def is_writing(self) -> bool:
+        """Whether this rank has not written all of a checkpoint yet."""
+        return self.pending is not None and self.pending.unfinished.is_writing()
+
+    def settle(self) -> None:
+        """Makes what is being written a checkpoint, and waits for it if need be."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            self._finish_state(pending)
+        except StorageError as error:
+            self._refused(pending.step, pending.must, error)
 
     def state_folder(self, step: int) -> Path:
         """Where the checkpoint after so many steps is that a run can go on from."""
@@ -90,6 +124,7 @@ class Keeper:
 
     def finish(self) -> Path:
         """Gives the run its name; what it leaves: the best step, or the last one."""
+        self.settle()
         steps, kept = self.recipe.steps, self.recipe.steps
         if self.best_nll < math.inf:
             kept = self.best_step
@@ -108,6 +143,7 @@ class Keeper:
 
     def finish_diverged(self, step: int) -> Path:
         """As `finish`, for a run that stops after `step` good steps: they are in the name and the manifest of what it leaves."""
+        self.settle()
         if step not in self.models:
             self._write(step, {"ended": DIVERGED} | ({"best": False} if self.keeps_best else {}))
         elif self.run.zero_stage == 3 and self.run.rank == 0:
@@ -122,35 +158,63 @@ class Keeper:
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
         if self.run.zero_stage == 3:
-            self._write_state(step, facts)
+            self._write_state(step, facts, must=True)
             return
         with writing(self.run_folder), out_of_memory_told(self.recipe, self.run, "saving"):
             write_folder(self.run, self.recipe, self._folder(step))
         self.models.add(step)
 
-    def _write_state(self, step: int, facts: dict[str, Any]) -> None:
+    def _write_state(self, step: int, facts: dict[str, Any], must: bool, background: bool = False) -> None:
         shared, own = self.progress()
         kept = {"best_step": self.best_step, "best_nll": self.best_nll if self.best_nll < math.inf else None}
         facts = facts | {"identity": self.identity, "progress": shared, "kept": kept}
-        final = self.state_folder(step)
-        partial = final.with_name(f".partial-{final.name}")
+        partial = self._partial(step)
         try:
             with out_of_memory_told(self.recipe, self.run, "saving"):
-                write_checkpoint(self.run, self.recipe, self.loader, partial, step, facts, own)
-            by_rank_0(lambda: _commit(partial, final), f"give {final} its name")
+                unfinished = write_checkpoint(self.run, self.recipe, self.loader, partial, step, facts, own, background)
         except StorageError:  # on all ranks alike
-            if self.run.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+            self._forget(partial)
             raise
-        self.states.add(step)
+        self.pending = Pending(step, unfinished, must)
+        if not background:
+            pending, self.pending = self.pending, None
+            self._finish_state(pending)
+
+    def _finish_state(self, pending: Pending) -> None:
+        partial, final = self._partial(pending.step), self.state_folder(pending.step)
+        try:
+            pending.unfinished.finish()
+            by_rank_0(lambda: _commit(partial, final), f"give {final} its name")
+        except StorageError:
+            self._forget(partial)
+            raise
+        self.states.add(pending.step)
         if self.run.zero_stage == 3:
-            self.models.add(step)
+            self.models.add(pending.step)
+        self._tidy()
+
+    def _partial(self, step: int) -> Path:
+        return self.run_folder / f".partial-{self.state_folder(step).name}"
+
+    def _forget(self, partial: Path) -> None:
+        if self.run.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _refused(self, step: int, must: bool, error: StorageError) -> None:
+        """Raises it, or says that the run goes on."""
+        if must or self.recipe.save.on_error == "stop":
+            raise error
+        if self.run.rank == 0:
+            for finding in error.findings:
+                logger.warning("step %d is not saved, and the run goes on (save.on_error): %s", step, finding)
 
     def _tidy(self) -> None:
-        """Deletes the checkpoints beyond `save.keep`, and models that were the best. For one rank only.
+        """Rank 0 deletes the checkpoints beyond `save.keep`, and models that were the best.
 
         What an older checkpoint takes for the best one stays as long as the checkpoint.
         """
+        if self.run.rank:
+            return
         try:
             of = self._states_there()
             newest = list(of)[: self.recipe.save.keep]

@@ -14,7 +14,7 @@ from h3scale.checkpoint.shards import ModelFolder, check_output
 from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import GlobalBatch, TypedLoader, rows_of_rank
 from h3scale.data.prepare import prepared_folder
-from h3scale.errors import DivergedError, OutputError, StoppedError, StorageError, UnsafeError
+from h3scale.errors import DivergedError, OutputError, StoppedError, UnsafeError
 from h3scale.exit_status import BEGUN, BEGUN_CODE, kept_step, run_folder_of, write_exit_status
 from h3scale.log import LogFile, libraries_to_file, logger
 from h3scale.model.flops import Flops, attended_pairs
@@ -215,13 +215,18 @@ def steps_of_run(t: Training, asked: Asked) -> None:
 def save_if_asked(t: Training, step: int, asked: Asked) -> None:
     """Saves where it is time, or a rank was asked to; StoppedError where it was asked to end. Not after the last step."""
     every = t.recipe.save.every
-    wish, rank = asked.together(t.run.engine.device)
+    wish, rank, is_busy = asked.together(t.run.engine.device, t.keeper.is_writing())
+    if not is_busy:
+        with t.metrics.paused():
+            t.keeper.settle()
     if step == t.recipe.steps:
         asked.done(Wish.END)  # the run ends all the same, and leaves no such file
         return
     if not (wish or (every and step % every == 0)):
         return
-    if not _saved(t, step, wish) or not wish:
+    with t.metrics.paused():
+        t.keeper.save(step, bool(wish))  # who asked is told, and may have little time left
+    if not wish:
         return
     asked.done(wish)
     reason = str(wish) if wish in (Wish.SAVE, Wish.END) else f"{wish} on rank {rank}"
@@ -240,21 +245,6 @@ def save_if_asked(t: Training, step: int, asked: Asked) -> None:
 
     by_rank_0(say, "say how the run ended")  # and nobody leaves before it has: a launcher soon ends those that are left
     raise stop
-
-
-def _saved(t: Training, step: int, wish: Wish) -> bool:
-    """Saves. False, and a line about it, where the disk refuses and the recipe says that the run goes on all the same."""
-    try:
-        with t.metrics.paused():
-            t.keeper.save(step)
-    except StorageError as error:
-        if wish or t.recipe.save.on_error == "stop":  # who asked by a signal or a file is told, and may have little time left
-            raise
-        if t.run.rank == 0:
-            for finding in error.findings:
-                logger.warning("step %d is not saved, and the run goes on (save.on_error): %s", step, finding)
-        return False
-    return True
 
 
 def one_step(

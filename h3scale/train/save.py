@@ -1,6 +1,7 @@
 """What a training run leaves behind: a dense model folder, or a sharded checkpoint that is complete or not there."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,33 @@ class _Gather:
         return merged(name, values, self.scale, self._whole) if updates_of(name)[0] in self.parameters else values
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint whose files are being written, and the rest of its manifest."""
+
+    folder: Path
+    files: OwnFiles
+    facts: dict[str, Any]
+
+    def is_writing(self) -> bool:
+        """Whether this rank's files are not on disk yet."""
+        return self.files.is_writing()
+
+    def finish(self) -> None:
+        """Waits for the files of all ranks, and makes the folder a checkpoint by its manifest. Every rank calls this.
+
+        StorageError (74) on every rank where one cannot write; there is no manifest then.
+        """
+        entries = self.files.agreed()
+
+        def commit() -> None:
+            with writing(self.folder):
+                write_manifest(self.folder, {**self.facts, "files": entries})
+                sync_one(self.folder)
+
+        by_rank_0(commit, f"write {self.folder / MANIFEST}")
+
+
 def write_checkpoint(
     run: Run,
     recipe: TrainRecipe,
@@ -92,10 +120,11 @@ def write_checkpoint(
     step: int,
     facts: dict[str, Any],
     own: dict[str, torch.Tensor],
-) -> None:
-    """Writes a sharded checkpoint of the model after so many steps: all ranks, hashes, and at last the manifest by rank 0.
+    background: bool,
+) -> Unfinished:
+    """Writes a sharded checkpoint of the model after so many steps, all ranks; it is one when it is finished.
 
-    StorageError (74) on every rank where one cannot write; there is no manifest then.
+    `background`: what the engine saves is a copy in memory when this returns, and being written.
 
     Contents: `deepspeed/` (DeepSpeed's own files), `model/` (config, tokenizer), `ranks/` (what each rank alone knows, and
     `own`), `probe.safetensors` (a fixed input and the engine's logits on it, to prove a later conversion), `manifest.json`
@@ -103,7 +132,7 @@ def write_checkpoint(
     """
     probe = _probe(run, loader)
     by_rank_0(lambda: _make(folder), f"make {folder}")
-    files = OwnFiles(folder)
+    files = OwnFiles(folder, staged=background)
     with files.of_deepspeed(run.engine):
         # DeepSpeed's own `latest` may name a torn checkpoint; ours has a manifest or is none.
         run.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
@@ -111,16 +140,12 @@ def write_checkpoint(
     if run.rank == 0:
         files.write(folder / "model", lambda path: _describe(run, recipe, path))
         files.write(folder / "probe.safetensors", lambda path: save_file(probe, path))
-    entries = files.agreed()
+    if background:
+        files.start()
     sizes = {"world_size": run.world_size, "ep_size": run.ep_size, "zero_stage": run.zero_stage}
-    facts = {"step": step, "steps": recipe.steps, **facts, "data": loader.state(step)}
-
-    def commit() -> None:
-        with writing(folder):
-            write_manifest(folder, {"h3scale": __version__, **sizes, **facts, "files": entries})
-            sync_one(folder)
-
-    by_rank_0(commit, f"write {folder / MANIFEST}")
+    return Unfinished(
+        folder, files, {"h3scale": __version__, **sizes, "step": step, "steps": recipe.steps, **facts, "data": loader.state(step)}
+    )
 
 
 def add_to_manifest(folder: Path, facts: dict[str, Any]) -> None:

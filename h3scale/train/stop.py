@@ -72,13 +72,16 @@ class Asked:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def together(self, device: torch.device) -> tuple[Wish, int]:
-        """The greatest wish of all ranks, and the first rank that has it. Every rank calls this, between two steps."""
+    def together(self, device: torch.device, is_busy: bool = False) -> tuple[Wish, int, bool]:
+        """The greatest wish of all ranks, the first rank that has it, and whether any rank is busy.
+
+        Every rank calls this, between two steps.
+        """
         world_size = dist.get_world_size()
-        found = torch.tensor(int(self.wish()) * world_size + world_size - 1 - self.rank, device=device)
+        found = torch.tensor([int(self.wish()) * world_size + world_size - 1 - self.rank, int(is_busy)], device=device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        wish, rank = divmod(int(found), world_size)
-        return Wish(wish), world_size - 1 - rank
+        wish, rank = divmod(int(found[0]), world_size)
+        return Wish(wish), world_size - 1 - rank, bool(found[1])
 
     def wish(self) -> Wish:
         """What this rank asks for now."""

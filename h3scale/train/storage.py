@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
+import psutil
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from h3scale.checkpoint.expected import expected_shapes
@@ -15,7 +17,7 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.errors import OutputError, StorageError
 from h3scale.log import logger
 from h3scale.model.trainable import group_of, whole_shape
-from h3scale.train.engine import Run
+from h3scale.train.engine import Run, ranks_per_node
 
 STATES = 3  # that a checkpoint has of each trained parameter: the fp32 master and two moments of AdamW
 RUST = "(os error "  # in the plain Exceptions of tokenizers
@@ -78,3 +80,14 @@ def state_bytes(run: Run) -> int:
         each = STATES * torch.float32.itemsize if parameter.requires_grad else parameter.dtype.itemsize
         total += copies * prod(whole_shape(parameter)) * each
     return total
+
+
+def has_room_in_memory(run: Run) -> bool:
+    """Whether every host can hold what its ranks copy of a checkpoint. Every rank calls this.
+
+    By what the system calls available, half as much again as needed: a batch system may allow a job less.
+    """
+    needed = state_bytes(run) * ranks_per_node(run.world_size) // run.world_size
+    has_room = torch.tensor(int(psutil.virtual_memory().available > 1.5 * needed), device=run.engine.device)
+    dist.all_reduce(has_room, dist.ReduceOp.MIN)
+    return bool(has_room)

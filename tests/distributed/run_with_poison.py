@@ -101,12 +101,12 @@ class Poison:
         self.fresh = False
         return losses
 
-    def disturbed_save(self, *args: Any) -> None:
+    def disturbed_save(self, *args: Any) -> Any:
         _, when, again = self.what.split()
         if self.step == int(when):
             print(f"{again} in the save", file=sys.__stderr__, flush=True)  # sys.stderr is the libraries' log file in a run
             os.kill(os.getpid(), getattr(signal, again))
-        self.write_checkpoint(*args)
+        return self.write_checkpoint(*args)
 
     def no_memory(self, *_args: Any) -> Losses:
         raise torch.OutOfMemoryError("HIP out of memory: tried to allocate 3 GiB" if log.RANK == 0 else "CUDA out of memory.")

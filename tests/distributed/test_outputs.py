@@ -1,6 +1,7 @@
 """Runs that cannot have their output: it is another run's, somebody has made it, or there is no room. All ranks end alike."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.distributed
 
 RANKS = 2
 DENSE = "full disk, dense"
+BACKGROUND = "one full disk, in the background"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for policy in ("stop", "go_on"):
         more = [f"save={{every: 1, on_error: {policy}}}", f"steps={BAD_STEP + 1}", f"out={world / policy}"]
         asked[policy] = {"ranks": RANKS, "poison": "one full disk", "words": [*words, *more]}
+    more = ["save={every: 1, background: true}", f"steps={BAD_STEP + 2}", f"out={world / BACKGROUND}"]
+    asked[BACKGROUND] = {"ranks": RANKS, "poison": "one full disk for ever", "words": [*words, *more]}
     with Claim(world / "claimed") as claim:
         claim.take()
         done = started(asked)
@@ -53,6 +57,7 @@ def test_all_ranks_end_alike(runs: Path) -> None:
         DENSE: [74],
         "stop": [74] * RANKS,
         "go_on": [0] * RANKS,
+        BACKGROUND: [74] * RANKS,
     }
     assert "Traceback" not in (runs / "stderr.txt").read_text()
 
@@ -95,6 +100,17 @@ def test_a_checkpoint_that_one_ranks_disk_refuses_ends_the_run_or_not_by_recipe_
     (line,) = went_on
     assert f"step {BAD_STEP} is not saved, and the run goes on (save.on_error): " in line
     assert [path.name for path in (runs / "go_on").glob("step-*")] == [f"step-{BAD_STEP + 1:06d}"]
+
+
+def test_a_disk_that_refuses_in_the_background_ends_the_run_and_the_checkpoint_before_stays(runs: Path) -> None:
+    run_folder = runs / f".run-{BACKGROUND}"
+    said = [line for line in (runs / "stderr.txt").read_text().splitlines() if f"{run_folder}/.partial-" in line]
+    assert len(said) == RANKS
+    steps = {re.search(r"/\.partial-step-(\d+)/.*\(rank 1\)$", line)[1] for line in said}  # type: ignore[index]
+    (step,) = map(int, steps)
+    assert step in (BAD_STEP - 1, BAD_STEP)  # the disk is full from step BAD_STEP on, and the one before may still be being written
+    assert kept_step(runs / BACKGROUND) == step - 1
+    assert not list(run_folder.glob(".partial-*"))
 
 
 def test_the_size_of_a_model_is_known_before_it_is_written(runs: Path) -> None:

@@ -70,9 +70,9 @@ def test_who_stops_a_run_for_good_is_heard_beside_a_signal(tmp_path: Path) -> No
 
 def test_a_lone_rank_agrees_with_itself(one_rank: None, tmp_path: Path) -> None:
     with Asked(tmp_path, 0) as asked:
-        assert asked.together(torch.device("cpu")) == (Wish.NONE, 0)
+        assert asked.together(torch.device("cpu")) == (Wish.NONE, 0, False)
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert asked.together(torch.device("cpu")) == (Wish.USR2, 0)
+        assert asked.together(torch.device("cpu")) == (Wish.USR2, 0, False)
 
 
 LAUNCHER = """

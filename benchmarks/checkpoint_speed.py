@@ -127,20 +127,20 @@ def _interleaved(
             rank.ask(json.dumps(asked | {"folder": str(first), "out": str(outs[name])}))
             return float(rank.ask(json.dumps(asked | {"out": str(outs[name])}))[0]["wall_s"])
 
-    for name in ask:
-        turn(name)
+    seconds = {name: [turn(name)] for name in ask}
     for ours, theirs in equal:
         _check_equal(outs[ours], outs[theirs])
     sizes = {name: sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) for name, out in outs.items()}
     for out in outs.values():
         shutil.rmtree(out)
     os.sync()
-    seconds: dict[str, list[float]] = {name: [] for name in ask}
-    for _ in range(1 if tiny else ROUNDS):
+    if tiny:
+        return seconds, sizes
+    for _ in range(ROUNDS):
         for name in ask:
             seconds[name].append(turn(name))
             shutil.rmtree(outs[name])
-    return seconds, sizes
+    return {name: found[1:] for name, found in seconds.items()}, sizes
 
 
 def _rows(seconds: dict[str, list[float]], num_parameters: int, against: dict[str, tuple[str, ...]]) -> list[Row]:

@@ -56,11 +56,11 @@ class OwnFiles:
         saver = engine.checkpoint_engine
         plain = saver.save
 
-        def save(states: Any, path: str) -> None:
+        def save(state_dict: Any, path: str) -> None:
             if self.copies is None:
-                self.write(Path(path), lambda target: plain(states, str(target)))
+                self.write(Path(path), lambda target: plain(state_dict, str(target)))
             else:
-                plain(states, self.copies.setdefault(Path(path), io.BytesIO()))
+                plain(state_dict, self.copies.setdefault(Path(path), io.BytesIO()))
 
         saver.save = save
         engine._copy_recovery_script = lambda _folder: None

@@ -164,6 +164,16 @@ def test_every_subject_of_the_checkpoint_tools_has_its_figures_and_its_peers(tmp
     assert result["command"] == "python benchmarks/checkpoint.py --tiny --out checkpoint.py.json"
 
 
+@pytest.mark.slow
+def test_what_saves_cost_and_that_kills_cost_nothing_but_time(tmp_path: Path) -> None:
+    """The script itself compares the losses of a run that is killed with those of one that is not."""
+    result = tiny_result("resume.py", tmp_path, ("save", "kills"))
+    rows = {row["what"]: row for row in result["subjects"]["save"]["rows"]}
+    assert {"h3scale", "h3scale, in the background: begins", "DeepSpeed, without hashes and fsync", "cp and fsync"} < set(rows)
+    assert all(row["median_s"] > 0 for row in rows.values())
+    assert result["subjects"]["kills"]["rows"][-1]["times"] > 0
+
+
 def check_merging(result: dict[str, Any], subjects: Iterable[str]) -> None:
     for name in subjects:
         rows = result["subjects"][name]["rows"]
@@ -244,6 +254,7 @@ def test_a_start_needs_at_least_what_it_then_holds(tiny_train: dict[str, Any]) -
         ("train.py", "start_memory"),
         ("checkpoint.py", "dense"),
         ("merge.py", "streamed"),
+        ("resume.py", "save"),
         ("moe_layer.py", "ceilings"),
     ],
 )

@@ -16,8 +16,8 @@ from h3scale.train.own_files import OwnFiles
 
 def engine() -> Any:
     class Saver:
-        def save(self, states: Any, path: str) -> None:
-            torch.save(states, path)
+        def save(self, state_dict: Any, path: str) -> None:
+            torch.save(state_dict, path)
 
     return SimpleNamespace(checkpoint_engine=Saver(), _copy_recovery_script=None)
 
@@ -26,7 +26,7 @@ def engine() -> Any:
 def test_what_is_written_is_what_there_was_when_it_was_saved(one_rank: None, tmp_path: Path, staged: bool) -> None:
     values, files, deepspeed = torch.arange(5000.0), OwnFiles(tmp_path, staged), engine()
     with files.of_deepspeed(deepspeed):
-        deepspeed.checkpoint_engine.save({"values": values, "step": 3}, str(tmp_path / "states.pt"))
+        deepspeed.checkpoint_engine.save(state_dict={"values": values, "step": 3}, path=str(tmp_path / "states.pt"))
     files.write(tmp_path / "own.txt", lambda path: path.write_text("own"))
     assert (tmp_path / "states.pt").exists() == (not staged)
     values.zero_()  # the next step

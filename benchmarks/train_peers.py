@@ -145,13 +145,16 @@ def packed(loader: TypedLoader, batch: Any, device: torch.device) -> list[Batch]
     return [_to(loader.tensors(rows, 0), device) for rows in rows_of_rank(batch, 0, 1, ROWS_PER_MICRO_BATCH)]
 
 
-def padded(loader: TypedLoader, batch: Any, device: torch.device) -> list[Batch]:
-    """The records of the same global batch, a row each, a few at a time and as wide as the longest of them."""
+def padded(loader: TypedLoader, batch: Any, device: torch.device, to_all: bool = False) -> list[Batch]:
+    """The records of the same global batch, a row each, a few at a time and as wide as the longest of them.
+
+    `to_all`: as the longest of all records, as published.
+    """
     found = []
     for first in range(0, len(batch.records), PUBLISHED_RECORDS):
         rows: Sequence[np.ndarray] = [np.array([record]) for record in batch.records[first : first + PUBLISHED_RECORDS]]
         tensors = loader.tensors(rows, 0)
-        longest = int((tensors.roles != PADDING).sum(-1).max())
+        longest = int(loader.kept.max() if to_all else (tensors.roles != PADDING).sum(-1).max())
         cut = Batch(**{name: tensor[:, :longest] for name, tensor in vars(tensors).items()})
         found.append(_to(cut, device))
     return found
@@ -173,7 +176,7 @@ def make(name: str, folder: Path, device: torch.device, trained: Sequence[str] =
         return Peer(model.to(device), partial(rows, device=device), trained=trained)
     for layer in model.model.layers:
         layer.mlp = LoopedExperts(layer.mlp)
-    return Peer(model.to(device, dtype), partial(padded, device=device), Gating(model), trained)
+    return Peer(model.to(device, dtype), partial(padded, device=device, to_all=True), Gating(model), trained)
 
 
 def rank(folder: Path, steps: int, names: Sequence[str] = NAMES, trained: Sequence[str] = TRAINED) -> None:

@@ -32,11 +32,10 @@ from h3scale.train.storage import has_room_in_memory, writing
 
 @dataclass(frozen=True)
 class Pending:
-    """A checkpoint that is being written. `must`: the run cannot go on without it."""
+    """A checkpoint that is being written."""
 
     step: int
     unfinished: Unfinished
-    must: bool
 
 
 Progress = tuple[dict[str, Any], dict[str, Tensor]]  # what a run has to keep: the same on all ranks (JSON), and each rank's own
@@ -100,7 +99,7 @@ class Keeper:
             return
         facts = {"best": False} if self.keeps_best else {}
         try:
-            self._write_state(step, facts, must, not must and self.recipe.save.background and has_room_in_memory(self.run))
+            self._write_state(step, facts, not must and self.recipe.save.background and has_room_in_memory(self.run))
         except StorageError as error:
             self._refused(step, must, error)
 
@@ -114,9 +113,9 @@ class Keeper:
         if pending is None:
             return
         try:
-            self._finish_state(pending)
+            self._finish_state(pending.step, pending.unfinished)
         except StorageError as error:
-            self._refused(pending.step, pending.must, error)
+            self._refused(pending.step, False, error)
 
     def state_folder(self, step: int) -> Path:
         """Where the checkpoint after so many steps is that a run can go on from."""
@@ -158,13 +157,13 @@ class Keeper:
 
     def _write(self, step: int, facts: dict[str, Any]) -> None:
         if self.run.zero_stage == 3:
-            self._write_state(step, facts, must=True)
+            self._write_state(step, facts)
             return
         with writing(self.run_folder), out_of_memory_told(self.recipe, self.run, "saving"):
             write_folder(self.run, self.recipe, self._folder(step))
         self.models.add(step)
 
-    def _write_state(self, step: int, facts: dict[str, Any], must: bool, background: bool = False) -> None:
+    def _write_state(self, step: int, facts: dict[str, Any], background: bool = False) -> None:
         shared, own = self.progress()
         kept = {"best_step": self.best_step, "best_nll": self.best_nll if self.best_nll < math.inf else None}
         facts = facts | {"identity": self.identity, "progress": shared, "kept": kept}
@@ -175,22 +174,22 @@ class Keeper:
         except StorageError:  # on all ranks alike
             self._forget(partial)
             raise
-        self.pending = Pending(step, unfinished, must)
-        if not background:
-            pending, self.pending = self.pending, None
-            self._finish_state(pending)
+        if background:
+            self.pending = Pending(step, unfinished)
+        else:
+            self._finish_state(step, unfinished)
 
-    def _finish_state(self, pending: Pending) -> None:
-        partial, final = self._partial(pending.step), self.state_folder(pending.step)
+    def _finish_state(self, step: int, unfinished: Unfinished) -> None:
+        partial, final = self._partial(step), self.state_folder(step)
         try:
-            pending.unfinished.finish()
+            unfinished.finish()
             by_rank_0(lambda: _commit(partial, final), f"give {final} its name")
         except StorageError:
             self._forget(partial)
             raise
-        self.states.add(pending.step)
+        self.states.add(step)
         if self.run.zero_stage == 3:
-            self.models.add(pending.step)
+            self.models.add(step)
         self._tidy()
 
     def _partial(self, step: int) -> Path:

@@ -26,9 +26,9 @@ class Written(Keeper):
         self._put(self._folder(step), "config.json", str(step))
         self.models.add(step)
         if self.run.zero_stage == 3:
-            self._write_state(step, facts, must=True)
+            self._write_state(step, facts)
 
-    def _write_state(self, step: int, facts: dict[str, Any], must: bool, background: bool = False) -> None:
+    def _write_state(self, step: int, facts: dict[str, Any], background: bool = False) -> None:
         kept = {"best_step": self.best_step, "best_nll": None}
         self.state_folder(step).mkdir(exist_ok=True)
         write_manifest(self.state_folder(step), {"step": step, **facts, "kept": kept})

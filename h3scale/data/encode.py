@@ -15,6 +15,7 @@ from h3scale.errors import ConfigError, DataError
 
 LONGEST_TAIL = 40  # characters of a template between its last added token and an answer, such as "assistant\n"
 PLACEHOLDER = "a prompt in whose place others will stand"
+ANSWER_PLACEHOLDER = "an answer in whose place others will stand"
 RESPONSE_BIT = 31  # set in a stored token that belongs to an answer; token ids stay below 2**31
 
 
@@ -61,6 +62,14 @@ def render_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> str
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def answer_lead(tokenizer: Any) -> str:
+    """What the chat template writes between a prompt, as `render_prompt` gives it, and the text of the answer."""
+    said = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": ANSWER_PLACEHOLDER}]
+    text, before = tokenizer.apply_chat_template(said, tokenize=False), render_prompt(tokenizer, PLACEHOLDER)
+    lead, found, _ = text.removeprefix(before).partition(ANSWER_PLACEHOLDER)
+    return lead if found and text.startswith(before) else ""
+
+
 def encode_records(tokenizer: Any, records: Sequence[Record]) -> list[Encoded]:
     """Token ids of all records, in order.
 
@@ -85,7 +94,7 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
         raise ConfigError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{tokenizer.name_or_path}: not a fast tokenizer (works: a folder with tokenizer.json)")
-    special = _special_tokens(tokenizer)
+    special = special_tokens(tokenizer)
     conversations = [record.messages for record in records]
     forged = [next((m for turn in said if (m := special.search(turn["content"]))), None) for said in conversations]
     rendered = iter(_render_all(tokenizer, [said for said, found in zip(conversations, forged, strict=True) if not found]))
@@ -110,7 +119,7 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
 Span = tuple[int, int]
 
 
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
     """Whatever the tokenizer takes for a mark and not for text: its named special tokens, and all added ones of that kind."""
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(re.escape(token) for token in sorted(marks, key=len, reverse=True)) or r"(?!)")

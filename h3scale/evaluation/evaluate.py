@@ -62,7 +62,7 @@ def evaluate_model(
         model,
         encoded,
         observe=tally.observe if tally else None,
-        route=route_for(model, expert_map, options.router, encoded),
+        route=route_for(model, expert_map, options.router, [item.record.alignment for item in encoded]),
         alignments=expert_map.alignments if expert_map else (),
         what=what,
     )

@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, L layers, N records, E experts, A alignments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,11 +26,11 @@ def uniform_weights(expert_map: ExpertMap) -> Tensor:
     return torch.full((expert_map.num_experts,), 1.0 / expert_map.num_experts)
 
 
-def route_for(model: Any, expert_map: ExpertMap | None, mode: str, encoded: Sequence[Encoded] = ()) -> Route | None:
+def route_for(model: Any, expert_map: ExpertMap | None, mode: str, asked: Iterable[str] = ()) -> Route | None:
     """What `score_encoded` needs to route by `mode`; None for the trained router.
 
-    `uniform` averages all experts, `oracle` gives each record to the experts of its own alignment. Raises UsageError
-    (2) for a dense model, DataError (65) when oracle meets an alignment without an expert.
+    `uniform` averages all experts, `oracle` gives each record to the experts of its own alignment, and to all alike what has
+    none. Raises UsageError (2) for a dense model, DataError (65) when an alignment of `asked` has no expert for oracle.
     """
     if mode == "trained":
         return None
@@ -39,13 +39,13 @@ def route_for(model: Any, expert_map: ExpertMap | None, mode: str, encoded: Sequ
     weights_AE = torch.stack([expert_weights(expert_map, alignment) for alignment in expert_map.alignments])
     uniform_E = uniform_weights(expert_map)
     if mode == "uniform":
-        return lambda batch: forced_routing(model, uniform_E)
-    strange = sorted({item.record.alignment for item in encoded} - set(expert_map.alignments))
+        return lambda alignment_ids: forced_routing(model, uniform_E)
+    strange = sorted(set(asked) - set(expert_map.alignments))
     if strange:
         raise DataError(f"--router oracle: the model has no expert for {', '.join(strange)}")
-    by_label = torch.cat([weights_AE, uniform_E[None]])  # the last row, label -1, is padding's
+    by_label = torch.cat([weights_AE, uniform_E[None]])  # the last row, label -1, is padding's too
 
-    return lambda batch: forced_routing(model, by_label[batch.alignment_ids.flatten()])
+    return lambda alignment_ids: forced_routing(model, by_label[alignment_ids.flatten()])
 
 
 def route_for_alignment(model: Any, expert_map: ExpertMap | None, mode: str, alignment: str) -> AbstractContextManager[None]:

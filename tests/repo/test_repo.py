@@ -12,6 +12,7 @@ from h3scale.config.base import load_recipe, load_yaml
 from h3scale.config.fuse import FuseRecipe
 from h3scale.config.merge import load_merge
 from h3scale.config.recipe import TokenizerRecipe, TrainRecipe
+from h3scale.config.suite import Suite
 from h3scale.study.demo import ALIGNMENTS, Demo
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,9 @@ def h3scale(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
-    if "method" in load_yaml(path):
+    if path.parent.name == "suites":
+        assert load_recipe(Suite, path)
+    elif "method" in load_yaml(path):
         assert load_merge(path, {}, [])[0].models
     else:
         assert load_recipe(SCHEMAS.get(path.stem, TrainRecipe), path)

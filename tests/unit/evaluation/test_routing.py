@@ -112,7 +112,12 @@ def test_oracle_runs_the_records_own_expert_alone(moe, tokenizer, records):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     encoded = encode_records(tokenizer, records)
-    scores = score_encoded(moe, encoded, route=route_for(moe, THREE, "oracle", encoded), alignments=THREE.alignments)
+    scores = score_encoded(
+        moe,
+        encoded,
+        route=route_for(moe, THREE, "oracle", [item.record.alignment for item in encoded]),
+        alignments=THREE.alignments,
+    )
     config = {k: v for k, v in moe.config.to_dict().items() if k not in ("model_type", "architectures")}
     state = moe.state_dict()
     for label, alignment in enumerate(THREE.alignments):
@@ -152,6 +157,6 @@ def test_forced_routes_need_a_router_and_an_expert(dense, moe, tokenizer):
     with pytest.raises(UsageError, match="dense"):
         route_for(dense, None, "uniform")
     with pytest.raises(DataError, match="no expert for strange"):
-        route_for(moe, THREE, "oracle", encoded)
+        route_for(moe, THREE, "oracle", [item.record.alignment for item in encoded])
     with pytest.raises(UsageError, match="none of trained, uniform, oracle"):
         Options(router="best")

@@ -1,0 +1,141 @@
+"""A suite on model folders: in one process or several, interrupted and gone on with."""
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from h3scale.checkpoint.shards import ModelFolder
+from h3scale.config.suite import Suite
+from h3scale.errors import PeerLostError
+from h3scale.evaluation.evaluate import Options, open_model
+from h3scale.evaluation.journal import Journal
+from h3scale.evaluation.routing import route_for
+from h3scale.evaluation.score import longest
+from h3scale.evaluation.suite import LoadedSuite, Unit, result_of, score_unit, work_of
+from h3scale.log import progress
+from h3scale.model.experts import ExpertMap
+from h3scale.model.start import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A model folder and how it is asked: `router` and `experts` as in evaluate.Options."""
+
+    folder: Path
+    router: str = "trained"
+    experts: str = "auto"
+
+    def key(self) -> str:
+        """A hash of the model's files (names, sizes, times of change) and of how it is asked."""
+        stats = [(path.name, path.stat()) for path in sorted(self.folder.iterdir()) if path.is_file()]
+        known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return hashlib.sha256(repr((known, self.router, self.experts)).encode()).hexdigest()[:16]
+
+
+def evaluate_suite(
+    loaded: LoadedSuite,
+    models: Mapping[str, Path],
+    *,
+    router: str = "trained",
+    experts: str = "auto",
+    processes: int = 1,
+    journal: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The result (see suite.result_of) of each model folder, by name.
+
+    `journal`: a folder that remembers what is scored; the same call goes on there, with any number of `processes`, and ends with
+    the same bits as if it had not been interrupted. A model whose files have changed is scored anew. Each process has a model
+    of its own, on a GPU of its own as far as there are some. Raises PeerLostError (69) when a process is killed, and what
+    `open_model`, `work_of` and `route_for` raise.
+    """
+    Options(router)  # refuses a mode that is none
+    with TemporaryDirectory() if journal is None else nullcontext(str(journal)) as folder:
+        notes = Journal(Path(folder))
+        return {
+            name: _evaluated(loaded, Asking(Path(model), router, experts), name, processes, notes) for name, model in models.items()
+        }
+
+
+def _evaluated(loaded: LoadedSuite, asking: Asking, name: str, processes: int, journal: Journal) -> dict[str, Any]:
+    _ = ModelFolder(asking.folder).specs  # its findings are clearer than transformers'
+    config = AutoConfig.from_pretrained(str(asking.folder), local_files_only=True, trust_remote_code=False)
+    work = work_of(load_tokenizer(asking.folder), loaded, longest(config))
+    known = asking.key()
+    done = journal.read()
+    left = [unit for unit in work.units if f"{known}-{unit.key}" not in done]
+    if left:
+        total = sum(len(unit.items) for unit in left)
+        score = _in_processes(asking, loaded.suite, left, processes) if processes > 1 else _here(asking, loaded.suite, left)
+        with progress(f"score {name}", total, "items") as bar, journal.writer() as writer:
+            for unit, values in score:
+                done[f"{known}-{unit.key}"] = values
+                writer.add(f"{known}-{unit.key}", values)
+                bar.advance(len(unit.items))
+    return result_of(loaded, work, {unit.key: done[f"{known}-{unit.key}"] for unit in work.units})
+
+
+Scored = Iterator[tuple[Unit, list[float]]]
+
+
+def _here(asking: Asking, suite: Suite, units: Sequence[Unit]) -> Scored:
+    scorer = _Scorer(asking, suite)
+    for unit in units:
+        yield unit, scorer.score(unit)
+
+
+def _in_processes(asking: Asking, suite: Suite, units: Sequence[Unit], processes: int) -> Scored:
+    context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(processes, context, _take_place, (context.Value("i", 0), processes)) as pool:
+        scored = {pool.submit(_score, asking, suite, unit): unit for unit in units}
+        try:
+            for future in as_completed(scored):
+                yield scored[future], future.result()
+        except BrokenProcessPool:
+            raise PeerLostError(f"{asking.folder}: a scoring process was killed (the same command goes on)") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Scorer:
+    """A model that is open, and its route."""
+
+    def __init__(self, asking: Asking, suite: Suite):
+        self.suite = suite
+        self.model, _ = open_model(asking.folder, asking.experts)
+        expert_map = ExpertMap.from_config(self.model.config)
+        self.alignments = expert_map.alignments if expert_map else ()
+        asked = [task.alignment for task in suite.tasks.values() if task.alignment]
+        self.route = route_for(self.model, expert_map, asking.router, asked)
+
+    def score(self, unit: Unit) -> list[float]:
+        return score_unit(self.model, unit, self.suite.tasks[unit.task], self.alignments, self.route)
+
+
+def _take_place(taken: Any, processes: int) -> None:
+    """In a new process: its share of the CPU's cores, and a GPU of its own as far as there are some."""
+    with taken.get_lock():
+        place = taken.value
+        taken.value += 1
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
+
+
+def _score(asking: Asking, suite: Suite, unit: Unit) -> list[float]:
+    return _scorer_of(asking, suite.model_dump_json()).score(unit)
+
+
+@lru_cache(1)
+def _scorer_of(asking: Asking, suite: str) -> _Scorer:
+    return _Scorer(asking, Suite.model_validate_json(suite))

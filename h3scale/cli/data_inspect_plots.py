@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from h3scale.data.inspect_plan import curves
 from h3scale.data.samples import plain
+from h3scale.evaluation.plot_style import STYLE
 from h3scale.evaluation.report_colours import GENERAL, INK, MUTED, PAPER, colour_of
-from h3scale.evaluation.report_plots import STYLE
 
 if TYPE_CHECKING:
     from h3scale.data.inspect import Inspection

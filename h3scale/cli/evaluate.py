@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from h3scale.data.records import Record
+    from h3scale.evaluation.evaluate import Options
     from h3scale.evaluation.score import RecordScore
+    from h3scale.evaluation.suite import LoadedSuite
 
 Models = Annotated[list[Path], typer.Argument(help="Model folders.", show_default=False)]
-Records = Annotated[list[Path], typer.Option("--records", help="Held-out records (JSONL); may be given again.")]
+Records = Annotated[list[Path] | None, typer.Option("--records", help="Held-out records (JSONL); may be given again.")]
+Suite = Annotated[str | None, typer.Option("--suite", help="3h, builtin, or a YAML file: scores without a judge.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder of the suite's files; beside the suite by default.")]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that score a suite, each with its model.")]
 Out = Annotated[Path, typer.Option("--out", help="FILE.json for one model; a folder of NAME.json for several.")]
 Router = Annotated[str, typer.Option("--router", help="trained, uniform (all experts alike) or oracle (the record's own).")]
 Generate = Annotated[int, typer.Option("--generate", min=0, help="Answers to generate for each alignment (exact match).")]
@@ -26,8 +32,11 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that exi
 
 def evaluate(
     models: Models,
-    records: Records,
     out: Out,
+    records: Records = None,
+    suite: Suite = None,
+    data: Data = None,
+    processes: Processes = 1,
     router: Router = "trained",
     generate: Generate = 0,
     exclude_source: ExcludeSource = None,
@@ -35,30 +44,85 @@ def evaluate(
     experts: Experts = "auto",
     force: Force = False,
 ) -> None:
-    """Score models on held-out records: NLL per response token, router accuracy, exact match.
+    """Score models: NLL, router accuracy, exact match on held-out records; a suite's scores without a judge.
 
-    Several models are compared in one table; the last is set against each other one, record by record.
+    Several models are compared in one table; the last is set against each other one, item by item. A suite that was
+    interrupted goes on with the same command.
 
-    Example: h3scale evaluate models/base models/fused --records heldout.jsonl --out evaluation
+    Example: h3scale evaluate models/base models/fused --records heldout.jsonl --suite builtin --out evaluation
     """
+    of_records = {"--generate": generate, "--exclude-source": exclude_source, "--bag-train": bag_train}
+    _check_asked(records, suite, data, [name for name, value in of_records.items() if value])
     names = _names(models, out)
     from h3scale.checkpoint.shards import check_output
     from h3scale.data.sources import read_records
     from h3scale.evaluation.evaluate import Options
 
     check_output(out, force)
-    heldout = read_records(records)
+    options = Options(router, generate, tuple(exclude_source or ()), experts)
+    loaded = _load_suite(suite, data) if suite else None
+    heldout = read_records(records) if records else []
     train = read_records(bag_train) if bag_train else []
-    results, scores = _evaluate_all(
-        dict(zip(names, models, strict=True)), heldout, train, Options(router, generate, tuple(exclude_source or ()), experts)
-    )
-    paired = _paired(scores)
-    if paired:
-        results[names[-1]]["paired"] = paired
+    folders = dict(zip(names, models, strict=True))
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if heldout:
+        results, scores = _evaluate_all(folders, heldout, train, options)
+        paired = _paired(scores)
+        if paired:
+            results[names[-1]]["paired"] = paired
+    scored = out.with_name(f"{out.name}.scored")
+    if loaded:
+        _add_suite(results, loaded, folders, options, processes, scored)
     _write(out, results, force)
+    shutil.rmtree(scored, ignore_errors=True)
     _show(results)
     target = f"{out}/" if len(models) > 1 else str(out)
-    print(f"\nresults: {target}   next: h3scale generate {models[-1]} 'your prompt'")
+    picture = f"   picture: {_picture(out, len(models))}" if loaded else ""
+    print(f"\nresults: {target}{picture}   next: h3scale generate {models[-1]} 'your prompt'")
+
+
+def _check_asked(records: Sequence[Path] | None, suite: str | None, data: Path | None, of_records: Sequence[str]) -> None:
+    from h3scale.errors import UsageError
+
+    if not records and not suite:
+        raise UsageError("nothing to score on (works: --records FILE.jsonl, --suite 3h --data FOLDER, --suite builtin, or both)")
+    if of_records and not records:
+        raise UsageError(f"{of_records[0]}: needs --records FILE.jsonl")
+    if data is not None and not suite:
+        raise UsageError(f"--data {data}: is the folder of a suite's files (works with --suite)")
+
+
+def _load_suite(suite: str, data: Path | None) -> LoadedSuite:
+    from h3scale.evaluation.suite import load_suite
+
+    return load_suite(suite, data)
+
+
+def _add_suite(
+    results: dict[str, dict[str, Any]],
+    loaded: LoadedSuite,
+    folders: Mapping[str, Path],
+    options: Options,
+    processes: int,
+    scored: Path,
+) -> None:
+    """Adds `suite` to each model's result, and `paired` to the last one's: its differences to each other, by score."""
+    from dataclasses import asdict
+
+    from h3scale.evaluation.measures import differences
+    from h3scale.evaluation.run_suite import evaluate_suite
+
+    found = evaluate_suite(loaded, folders, router=options.router, experts=options.experts, processes=processes, journal=scored)
+    for name, result in found.items():
+        results[name]["suite"] = result
+    *others, last = found
+    paired = {name: [asdict(one) for one in differences(found[last]["items"], found[name]["items"])] for name in others}
+    if paired:
+        found[last]["paired"] = paired
+
+
+def _picture(out: Path, num_models: int) -> Path:
+    return out / "scores.png" if num_models > 1 else out.with_suffix(".png")
 
 
 def _names(models: Sequence[Path], out: Path) -> list[str]:
@@ -127,19 +191,41 @@ def _write(out: Path, results: Mapping[str, Any], force: bool) -> None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, next(iter(results.values())))
+            _draw(results, _picture(out, 1))
         except OSError as error:
             raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
         return
     with new_folder(out, force) as folder:
         for name, result in results.items():
             write_json(folder / f"{name}.json", result)
+        _draw(results, _picture(folder, len(results)))
+
+
+def _draw(results: Mapping[str, dict[str, Any]], path: Path) -> None:
+    suites = {name: result["suite"] for name, result in results.items() if "suite" in result}
+    if suites:
+        from h3scale.evaluation.score_plots import draw_scores
+
+        title = f"Suite {next(iter(suites.values()))['suite']}, with 95% intervals"
+        draw_scores(suites, title, path)
 
 
 def _show(results: Mapping[str, dict[str, Any]]) -> None:
-    """NLL of models x alignments with the best of each column in bold, then the shares, then the paired differences."""
+    """NLL of models x alignments with the best of each column in bold, the shares, the paired differences; then the suite."""
     from rich.console import Console
 
+    from h3scale.cli.evaluate_scores import show_scores
+
     console = Console(highlight=False)
+    of_records = {name: result for name, result in results.items() if "nll" in result}
+    if of_records:
+        _show_records(console, of_records)
+    suites = {name: result["suite"] for name, result in results.items() if "suite" in result}
+    if suites:
+        show_scores(console, suites)
+
+
+def _show_records(console: Any, results: Mapping[str, dict[str, Any]]) -> None:
     _show_nll(console, "NLL per response token, 95% interval; lower is better", results)
     for text in next(iter(results.values())).get("without", {}):
         rest = {name: result["without"][text] for name, result in results.items()}

@@ -39,6 +39,13 @@ class Findings:
         return self.evaluations.get(self.main, {})
 
     @property
+    def suites(self) -> dict[str, dict[str, Any]]:
+        """What `h3scale evaluate --suite` found, by model, the main one last."""
+        found = {name: entry["suite"] for name, entry in self.evaluations.items() if "suite" in entry}
+        order = [name for name in (*self.models, *found) if name in found and name != self.main]
+        return {name: found[name] for name in dict.fromkeys([*order, *([self.main] if self.main in found else [])])}
+
+    @property
     def router(self) -> dict[str, Any]:
         """What is known of the main model's router: its own file's entry over that of results.json."""
         return {**self.results.get("router", {}), **self.evaluation.get("router", {})}

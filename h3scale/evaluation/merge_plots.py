@@ -11,8 +11,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from h3scale.evaluation.plot_style import STYLE
 from h3scale.evaluation.report_colours import ACCENTS, GENERAL, INK, MUTED, PAPER, RULE
-from h3scale.evaluation.report_plots import STYLE, named_lines
+from h3scale.evaluation.report_plots import named_lines
 
 WRITTEN = 40  # layers, above which cells are too small for numbers
 DARK_SHARE = 0.6  # of a colour's range, from which its ink is paper

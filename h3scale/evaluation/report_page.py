@@ -8,6 +8,7 @@ from typing import Any
 
 from h3scale.evaluation.findings import Findings
 from h3scale.evaluation.report_plots import Picture
+from h3scale.evaluation.report_scores import scores_section
 from h3scale.evaluation.report_style import style_sheet
 from h3scale.evaluation.report_tables import (
     bare_figure,
@@ -31,6 +32,7 @@ def render_page(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     sections = (
         _header(findings),
         _answers(findings),
+        scores_section(findings, pictures),
         _routing(findings, pictures),
         _training(findings, pictures),
         _ablations(findings),
@@ -236,7 +238,7 @@ def _footer(findings: Findings) -> str:
     notes = [escape(note) for note in findings.evaluation.get("notes", [])]
     lines = [
         "NLL: sum over an alignment's records divided by its response tokens, end token included. Intervals: 2,000 bootstrap "
-        "resamples of records, percentiles; differences resample both models together.",
+        "resamples of records, percentiles, wider for few records; differences resample both models together.",
         "A record is placed right when the alignment with the highest sum of the routers' log-probabilities, over all layers "
         "and response tokens, is its own; general experts have no vote.",
         *notes,

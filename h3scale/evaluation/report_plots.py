@@ -19,34 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from h3scale.evaluation.findings import Findings, Line
-from h3scale.evaluation.report_colours import DARK, GENERAL, INK, MUTED, PAPER, RULE, colour_of, css_name
+from h3scale.evaluation.plot_style import STYLE
+from h3scale.evaluation.report_colours import DARK, GENERAL, INK, MUTED, PAPER, colour_of, css_name
+from h3scale.evaluation.score_plots import scores_figure
 
 POINTS = 150  # a longer run is shown as means of so many stretches
-
-STYLE = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "svg.fonttype": "none",
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +38,7 @@ class Picture:
 
 def draw(findings: Findings, folder: Path) -> dict[str, Picture]:
     """All pictures that the findings allow, by name; their PNGs are written into `folder`."""
-    makers = (_losses, _routing, _accuracy_steps, _layers, _load, _table)
+    makers = (_losses, _routing, _accuracy_steps, _layers, _load, _table, _scores)
     pictures = {}
     with mpl.rc_context(STYLE):
         for maker in makers:
@@ -207,6 +184,12 @@ def _table(findings: Findings) -> Made:
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
     yield "models_by_alignment", "NLL per response token, models by alignment", "Lower is better; best in bold.", figure
+
+
+def _scores(findings: Findings) -> Made:
+    if findings.suites:
+        figure = scores_figure(findings.suites, findings.alignments, findings.main)
+        yield "scores", "Every model on every score", "With 95% intervals; the dashed line is chance.", figure
 
 
 @contextmanager

@@ -27,6 +27,8 @@ p.note,figcaption{color:var(--muted);font-size:14px;margin:0 0 16px;max-width:70
 figure{margin:0;padding:18px 20px 14px}
 figcaption{margin:0 0 10px}
 figure svg{display:block;width:100%;height:auto;max-width:560px;overflow:visible}
+.wide figure{overflow-x:auto;margin-bottom:16px}
+.wide figure svg{min-width:720px;max-width:none}
 table{border-collapse:separate;border-spacing:3px;width:100%;font-size:15px}
 th{font-weight:600;text-align:right;padding:6px 10px;white-space:nowrap}
 th[scope=row],thead th:first-child{text-align:left;padding-left:0}

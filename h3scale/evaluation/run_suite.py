@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -60,14 +60,28 @@ def evaluate_suite(
     `open_model`, `work_of` and `route_for` raise.
     """
     Options(router)  # refuses a mode that is none
-    with TemporaryDirectory() if journal is None else nullcontext(str(journal)) as folder:
+    with TemporaryDirectory() if journal is None else nullcontext(str(journal)) as folder, _pool(processes) as pool:
         notes = Journal(Path(folder))
-        return {
-            name: _evaluated(loaded, Asking(Path(model), router, experts), name, processes, notes) for name, model in models.items()
-        }
+        return {name: _evaluated(loaded, Asking(Path(model), router, experts), name, pool, notes) for name, model in models.items()}
 
 
-def _evaluated(loaded: LoadedSuite, asking: Asking, name: str, processes: int, journal: Journal) -> dict[str, Any]:
+@contextmanager
+def _pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that stay for all models; None where this one is enough."""
+    if processes == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(processes, context, _take_place, (context.Value("i", 0), processes)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _evaluated(
+    loaded: LoadedSuite, asking: Asking, name: str, pool: ProcessPoolExecutor | None, journal: Journal
+) -> dict[str, Any]:
     _ = ModelFolder(asking.folder).specs  # its findings are clearer than transformers'
     config = AutoConfig.from_pretrained(str(asking.folder), local_files_only=True, trust_remote_code=False)
     work = work_of(load_tokenizer(asking.folder), loaded, longest(config))
@@ -76,9 +90,9 @@ def _evaluated(loaded: LoadedSuite, asking: Asking, name: str, processes: int, j
     left = [unit for unit in work.units if f"{known}-{unit.key}" not in done]
     if left:
         total = sum(len(unit.items) for unit in left)
-        score = _in_processes(asking, loaded.suite, left, processes) if processes > 1 else _here(asking, loaded.suite, left)
+        scored = _elsewhere(pool, asking, loaded.suite, left) if pool else _here(asking, loaded.suite, left)
         with progress(f"score {name}", total, "items") as bar, journal.writer() as writer:
-            for unit, values in score:
+            for unit, values in scored:
                 done[f"{known}-{unit.key}"] = values
                 writer.add(f"{known}-{unit.key}", values)
                 bar.advance(len(unit.items))
@@ -94,17 +108,13 @@ def _here(asking: Asking, suite: Suite, units: Sequence[Unit]) -> Scored:
         yield unit, scorer.score(unit)
 
 
-def _in_processes(asking: Asking, suite: Suite, units: Sequence[Unit], processes: int) -> Scored:
-    context = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
-    with ProcessPoolExecutor(processes, context, _take_place, (context.Value("i", 0), processes)) as pool:
-        scored = {pool.submit(_score, asking, suite, unit): unit for unit in units}
-        try:
-            for future in as_completed(scored):
-                yield scored[future], future.result()
-        except BrokenProcessPool:
-            raise PeerLostError(f"{asking.folder}: a scoring process was killed (the same command goes on)") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _elsewhere(pool: ProcessPoolExecutor, asking: Asking, suite: Suite, units: Sequence[Unit]) -> Scored:
+    scored = {pool.submit(_score, asking, suite, unit): unit for unit in units}
+    try:
+        for future in as_completed(scored):
+            yield scored[future], future.result()
+    except BrokenProcessPool:
+        raise PeerLostError(f"{asking.folder}: a scoring process was killed (the same command goes on)") from None
 
 
 class _Scorer:

@@ -208,7 +208,7 @@ def paired_difference(a: Sequence[RecordScore], b: Sequence[RecordScore], resamp
         sums_N = np.array([one.nll_sum - other.nll_sum for one, other in pairs])
         means.append(sums_N.sum() / tokens_N.sum())
         ratios.append(_resampled_ratios(sums_N, tokens_N, resamples, seed + number))
-    return _interval(np.mean(means), np.mean(ratios, axis=0), min(len(group) for group in groups_a.values()))
+    return _interval(np.mean(means), np.mean(ratios, axis=0), min(map(len, groups_a.values()), default=0))
 
 
 def _resampled_ratios(sums_N: np.ndarray, tokens_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:

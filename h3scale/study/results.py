@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from h3scale.checkpoint.shards import read_json, write_json
-from h3scale.errors import MissingInputError
+from h3scale.errors import DataError, MissingInputError
 
 RIVALS = ("base", "helpful", "harmless", "honest", "mixture", "fused_init")  # the fused model is compared with each
 MADE = (*RIVALS, "fused")
@@ -24,6 +24,9 @@ def assemble(out: Path) -> dict[str, Any]:
     evaluations = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"), key=_place)}
     if "fused" not in evaluations:
         raise MissingInputError(f"{out / 'evaluation' / 'fused.json'}: no such file (h3scale evaluate ... --out evaluation)")
+    evaluations = {name: evaluation for name, evaluation in evaluations.items() if "nll" in evaluation}  # not of a suite alone
+    if "fused" not in evaluations:
+        raise DataError(f"{out / 'evaluation' / 'fused.json'}: has no NLL of records (h3scale evaluate ... --records FILE.jsonl)")
     ablations = {path.stem: read_json(path) for path in sorted((out / "ablations" / "evaluation").glob("*.json"))}
     ablations.pop("fused", None)  # it was evaluated there only to be compared with
     uniform = out / "ablations" / "uniform_router.json"

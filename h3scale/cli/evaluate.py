@@ -57,10 +57,11 @@ def evaluate(
     from h3scale.checkpoint.shards import check_output
     from h3scale.data.sources import read_records
     from h3scale.evaluation.evaluate import Options
+    from h3scale.evaluation.suite import load_suite
 
     check_output(out, force)
     options = Options(router, generate, tuple(exclude_source or ()), experts)
-    loaded = _load_suite(suite, data) if suite else None
+    loaded = load_suite(suite, data) if suite else None
     heldout = read_records(records) if records else []
     train = read_records(bag_train) if bag_train else []
     folders = dict(zip(names, models, strict=True))
@@ -90,12 +91,6 @@ def _check_asked(records: Sequence[Path] | None, suite: str | None, data: Path |
         raise UsageError(f"{of_records[0]}: needs --records FILE.jsonl")
     if data is not None and not suite:
         raise UsageError(f"--data {data}: is the folder of a suite's files (works with --suite)")
-
-
-def _load_suite(suite: str, data: Path | None) -> LoadedSuite:
-    from h3scale.evaluation.suite import load_suite
-
-    return load_suite(suite, data)
 
 
 def _add_suite(

@@ -187,12 +187,15 @@ def _add_batch(model: Any, batch: _Batch, route: Route | None, sums_A: Tensor) -
     weight = next(model.parameters())
     alignment_ids = torch.from_numpy(batch.alignment_ids)
     masks = batch.masks(model.config, weight.dtype)
+    # transformers' balance loss, which a config can ask for, takes no mask of four dimensions
+    routed = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     with route(alignment_ids) if route else nullcontext():
         output = model(
             input_ids=torch.from_numpy(batch.input_ids).to(weight.device),
             position_ids=torch.from_numpy(batch.position_ids).to(weight.device),
             attention_mask=_moved(masks, weight.device),
             use_cache=False,
+            **routed,
         )
     row_T, place_T, token_T, answer_T = torch.tensor(batch.asked).unbind(1)
     logits_TV = output.logits[row_T.to(weight.device), place_T.to(weight.device)].float()

@@ -53,6 +53,12 @@ def test_shared_prompts_and_packed_rows_give_what_each_answer_gives_alone(dense,
         check(model, asked, log_probs(model, asked))
 
 
+def test_a_config_that_asks_for_router_logits_changes_nothing(moe, asked, monkeypatch):
+    before = log_probs(moe, asked)
+    monkeypatch.setattr(moe.config, "output_router_logits", True)
+    assert log_probs(moe, asked) == before
+
+
 def test_windows_of_attention_are_kept_in_all_layers_or_in_some(tokenizer, asked):
     from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -134,12 +136,21 @@ class _Scorer:
 
 def _take_place(taken: Any, processes: int) -> None:
     """In a new process: its share of the CPU's cores, and a GPU of its own as far as there are some."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with taken.get_lock():
         place = taken.value
         taken.value += 1
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
+
+
+def _end_with_parent() -> None:
+    """A worker of a pool whose parent was killed would wait for work, and hold its GPU's memory, for ever."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+    os._exit(os.EX_UNAVAILABLE)
 
 
 def _score(asking: Asking, suite: Suite, unit: Unit) -> list[float]:

@@ -1,6 +1,7 @@
 """Suites on models: what is read and found wrong, going on after a kill, several processes, and the verb around it."""
 
 import json
+import os
 import shutil
 from itertools import pairwise
 
@@ -12,13 +13,13 @@ from h3scale.data.builtin import builtin_records
 from h3scale.data.encode import encode_records
 from h3scale.data.records import split_by_instruction, write_records
 from h3scale.data.sources import read_records
-from h3scale.errors import ConfigError, DataError, MissingInputError, OutputError, UsageError
+from h3scale.errors import ConfigError, DataError, MissingInputError, OutputError, PeerLostError, UsageError
 from h3scale.evaluation import run_suite
 from h3scale.evaluation.journal import Journal
 from h3scale.evaluation.report import report as write_report
 from h3scale.evaluation.run_suite import evaluate_suite
 from h3scale.evaluation.score import score
-from h3scale.evaluation.suite import SHIPPED, load_suite, score_suite
+from h3scale.evaluation.suite import SHIPPED, Unit, load_suite, score_suite, work_of
 
 from .conftest import THREE, WORDS, make_dense, make_moe, make_records, save
 from .fake import fake_out
@@ -293,3 +294,27 @@ def test_a_tokenizer_of_records_is_that_of_items(place, loaded, tokenizer):
     record = next(iter(make_records(("helpful",), 1)))
     (encoded,) = encode_records(tokenizer, [type(record)("1", "helpful", item.prompt, item.answers[item.best])])
     assert encoded.input_ids[:-1] == asked.prompt + asked.answers[item.best]
+
+
+class Deadly(Unit):
+    """A unit that ends the process which it is sent to."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+@pytest.mark.distributed
+def test_a_killed_worker_is_told_and_the_rest_is_kept(place, loaded, whole, tmp_path, monkeypatch):
+    def with_a_deadly_end(*asked):
+        work = work_of(*asked)
+        last = work.units.pop()
+        work.units.append(Deadly(last.task, last.items, last.key))
+        return work
+
+    monkeypatch.setattr(run_suite, "work_of", with_a_deadly_end)
+    with pytest.raises(PeerLostError, match="a scoring process was killed") as error:
+        evaluate_suite(loaded, {"base": place / "base"}, processes=2, journal=tmp_path)
+    assert error.value.exit_code == 69
+    monkeypatch.undo()
+    assert len(Journal(tmp_path).read()) >= 1
+    assert evaluate_suite(loaded, {"base": place / "base"}, journal=tmp_path)["base"] == whole["base"]

@@ -100,14 +100,22 @@ def dense(delta: Delta) -> Tensor:
     return delta.dense() if isinstance(delta, LowRank) else delta
 
 
-def row_blocks(delta: Delta) -> Iterator[Tensor]:
-    """All entries, some rows at a time."""
+def magnitudes(delta: Delta) -> Iterator[Tensor]:
+    """|entries|, some rows at a time, all in one buffer: what a block needs anew from the system costs more than to work on it."""
     if delta.shape == ():
-        yield dense(delta).reshape(1)
+        yield dense(delta).abs().reshape(1)
         return
-    step = max(1, BLOCK_VALUES // max(math.prod(delta.shape[1:]), 1))
+    step = min(max(1, BLOCK_VALUES // max(math.prod(delta.shape[1:]), 1)), max(delta.shape[0], 1))
+    like = delta.left_OR if isinstance(delta, LowRank) else delta
+    buffer = torch.empty(step, *delta.shape[1:], dtype=like.dtype, device=like.device)
     for start in range(0, delta.shape[0], step):
-        yield delta.rows(start, start + step) if isinstance(delta, LowRank) else delta[start : start + step]
+        rows = slice(start, min(start + step, delta.shape[0]))
+        block = buffer[: rows.stop - start]
+        if isinstance(delta, LowRank):
+            torch.mm(delta.left_OR[rows], delta.right_RI, out=block)
+            yield block.abs_()
+        else:
+            yield torch.abs(delta[rows], out=block)
 
 
 def length(delta: Delta) -> float:

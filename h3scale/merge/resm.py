@@ -15,14 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import hardshrink
+from torch.nn.functional import threshold_
 
 from h3scale.config.merge import Resm
-from h3scale.merge.delta import Delta, Site, dense, row_blocks
+from h3scale.merge.delta import Delta, LowRank, Site, dense, length, magnitudes
 from h3scale.merge.spectrum import largest_rank, orthogonal_together, top_triplets
-from h3scale.merge.ties import trimmed
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,21 @@ def resm(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], opt
 
 def traits_of(delta: Delta, options: Resm) -> Traits:
     """Two passes over the entries, in blocks that are summed in fp32, and their sums in fp64."""
-    total = squares = most = 0.0
-    for block in row_blocks(delta):
-        sizes_X = block.abs().reshape(-1)
+    total, most, count = 0.0, 0.0, math.prod(delta.shape)
+    squares = length(delta) ** 2 if isinstance(delta, LowRank) else 0.0
+    for sizes_X in magnitudes(delta):
         total += float(sizes_X.sum())
-        squares += float(sizes_X.square().sum())  # by pairs; a dot product rounds more, and entries at the threshold change sides
-        most = max(most, float(sizes_X.max()))
-    count = math.prod(delta.shape)
+        most = max(most, float(sizes_X.amax()))
+        if not isinstance(delta, LowRank):  # by pairs; a dot product rounds more, and entries at the threshold change sides
+            squares += float(sizes_X.square_().sum())
     mean = total / count
     threshold = mean + options.outlier_kappa * math.sqrt(max(squares / count - mean * mean, 0.0))
-    outside, num_dense = 0.0, 0
-    for block in row_blocks(delta):
-        sizes_X = block.abs()
-        outside += float(hardshrink(sizes_X, threshold).sum())
-        num_dense += int(trimmed(sizes_X, options.sparsity_threshold * most).sign_().sum(dtype=torch.float64))
+    below = max(0.0, float(np.nextafter(np.float32(options.sparsity_threshold * most), np.float32(-1))))
+    outside, num_dense, counted_X = 0.0, 0, None
+    for sizes_X in magnitudes(delta):
+        counted_X = torch.empty_like(sizes_X) if counted_X is None else counted_X[: len(sizes_X)]
+        num_dense += int(torch.gt(sizes_X, below, out=counted_X).sum())  # as numbers: truth values take five times as long to count
+        outside += float(threshold_(sizes_X, threshold, 0.0).sum())
     return Traits(threshold, outside / total if total else 0.0, num_dense)
 
 

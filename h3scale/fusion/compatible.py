@@ -98,7 +98,8 @@ def check_fit(
     findings = shape_findings(base, shapes, tied)
     for source in models.values():
         if isinstance(source, DenseSource):
-            findings += config_findings(source, config)
+            if source.folder.config != base.folder.config:  # else the same defaults are filled in
+                findings += config_findings(source, config)
             findings += shape_findings(source, shapes, tied)
             findings += dtype_findings(source, base) if same_dtype else []
     findings += tokenizer_findings(base.path, [source.path for source in models.values()])

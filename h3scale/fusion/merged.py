@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from h3scale.checkpoint.extents import Computed, Stored
 from h3scale.config.merge import Options, Ties
-from h3scale.fusion.parents import Changes, Parents, Streamed, is_finite
-from h3scale.merge.delta import LowRank, Site, dense
+from h3scale.fusion.parents import Changes, Parents, Rows, Streamed, is_finite, stays_finite
+from h3scale.merge.delta import BLOCK_VALUES, LowRank, Site, dense
 from h3scale.merge.registry import METHODS, merged_delta
 from h3scale.merge.select import HELD
 
@@ -24,8 +24,8 @@ _TENSORS = 4  # of the largest tensor's size: what whole matrices may take toget
 _BYTES_PER_VALUE = 16  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
 _BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
 _BYTES_HELD = 4  # of a value that a threshold is looked for among
+_SUM_VALUES = 1 << 19  # of a sum, made at a time
 _ROUNDING = 2.0**-48  # shares that add up to 1 leave so little, which is no share of the base
-Rows = Callable[[int, int], Tensor]  # fp32 rows of a merged tensor
 
 
 class Budget:
@@ -81,8 +81,9 @@ class Merger:
         if self._is_whole(name):
             with self.budget.hold(self._num_bytes(name)):
                 yield self._whole(name)
-        elif self._numbers is not None and self.parents.is_short(name):
-            yield partial(self._sums, name, self._numbers)
+        elif self._is_sum(name):
+            assert self._numbers is not None
+            yield self.parents.sum_of(name, self._numbers)
         else:
             with self.budget.hold(_BYTES_HELD * min(self.parents.stored_base[name].numel, HELD)):
                 facts = self._facts(name)
@@ -104,6 +105,14 @@ class Merger:
         method, shape = METHODS[self.method], self.parents.stored_base[name].shape
         return method.on_matrices and method.takes(shape, self.options, name in self.embeddings)
 
+    def _is_sum(self, name: str) -> bool:
+        """Whether it is made of base and models themselves, without their changes."""
+        return self._numbers is not None and not self._is_whole(name) and self.parents.is_short(name)
+
+    def num_values(self, name: str) -> int:
+        """How many are made at a time: of sums more, since there are two blocks of them in memory instead of one a model."""
+        return _SUM_VALUES if self._is_sum(name) else BLOCK_VALUES
+
     def _num_bytes(self, name: str) -> int:
         shape = self.parents.stored_base[name].shape
         side = shape[-1] if self.method == "wudi" else min(shape)
@@ -115,13 +124,11 @@ class Merger:
         change = merged_delta(self.method, like, Changes(self.parents, name), self.options, self._site(name, None))
 
         def rows(start: int, stop: int) -> Tensor:
-            part = change.rows(start, stop) if isinstance(change, LowRank) else change[start:stop]
-            return (part if self.alone else self.parents.base_rows(name, start, stop) + part).cpu()
+            if not self.alone:
+                return self.parents.changed_rows(name, change, start, stop).cpu()
+            return (change.rows(start, stop) if isinstance(change, LowRank) else change[start:stop]).cpu()
 
         return rows
-
-    def _sums(self, name: str, numbers: Sequence[float], start: int, stop: int) -> Tensor:
-        return self.parents.sum_rows(name, start, stop, numbers).cpu()
 
     @cached_property
     def _numbers(self) -> tuple[float, ...] | None:
@@ -168,10 +175,19 @@ class Merged(Computed):
     name: str
 
     def blocks(self) -> Iterator[Tensor]:
-        """All rows in the blocks of the work, so that what is found out about the whole is found out once."""
+        """All rows in the blocks of the work, so that what is found out about the whole is found out once.
+
+        A block's memory is used again for the next.
+        """
+        parents = self.merger.parents
         with self.merger.made(self.name) as rows:
-            for start, stop in self.merger.parents.spans(self.name):
-                block = rows(start, stop).to(self.dtype)
-                if not is_finite(block):
-                    raise self.merger.parents.not_finite(self.name)
+            for start, stop in parents.spans(self.name, self.merger.num_values(self.name)):
+                values = rows(start, stop)
+                block = parents.scratch.take("block", tuple(values.shape), self.dtype).copy_(values)
+                if not (stays_finite(values, self.dtype) or is_finite(block)):
+                    raise parents.not_finite(self.name)
                 yield block
+
+    def values(self) -> Tensor:
+        """The whole tensor."""
+        return torch.cat([block.clone() for block in self.blocks()])

@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,12 @@ from torch import Tensor
 from h3scale.checkpoint.extents import Stored
 from h3scale.checkpoint.folder_extents import stored_tensors
 from h3scale.errors import DataError
+from h3scale.fusion.scratch import Scratch
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
 from h3scale.merge.delta import BLOCK_VALUES, Delta, LowRank, Pair
 
 _SHORT_BYTES = 2
+Rows = Callable[[int, int], Tensor]  # fp32 rows of a tensor
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,26 @@ class Parents:
         """Whether any parent may have another tensor than the base."""
         return any(not isinstance(m, AdapterSource) or m.changed([name]) for m in self.models.values())
 
-    def spans(self, name: str) -> Iterator[tuple[int, int]]:
+    def spans(self, name: str, num_values: int | None = None) -> Iterator[tuple[int, int]]:
         """First row and last row after it of every block; always the same ones. A vector is one block."""
         shape = self.stored_base[name].shape
         if len(shape) < 2:
             yield 0, shape[0] if shape else 1
             return
-        step = max(1, BLOCK_VALUES // math.prod(shape[1:]))
+        step = max(1, (num_values or BLOCK_VALUES) // math.prod(shape[1:]))
         for start in range(0, shape[0], step):
             yield start, min(start + step, shape[0])
 
     def base_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._rows(self.stored_base[name], start, stop)
+
+    def changed_rows(self, name: str, change: Delta, start: int, stop: int) -> Tensor:
+        """Rows of the base and a change of it; what they are in is used again for the next ones."""
+        stored = self.stored_base[name].rows(start, stop)
+        total = self.scratch.take("sum", stored.shape, torch.float32, self.device).copy_(self._mapped(stored))
+        if isinstance(change, LowRank):
+            return total.addmm_(change.left_OR[start:stop], change.right_RI)
+        return total.add_(change[start:stop])
 
     def delta_rows(self, model: int, name: str, start: int, base_rows: Tensor) -> Tensor:
         """Rows of a model less those of the base, from `start` on."""
@@ -76,18 +86,28 @@ class Parents:
         stored = self.inputs(name).values()
         return len(stored) == len(self.labels) + 1 and all(each.dtype.itemsize == _SHORT_BYTES for each in stored)
 
-    def sum_rows(self, name: str, start: int, stop: int, numbers: Sequence[float]) -> Tensor:
-        """Rows of the sum of base and models, each times its number; in one pass over each whose number is not 0."""
-        total: Tensor | None = None
-        for stored, number in zip(self.inputs(name).values(), numbers, strict=True):
-            if number == 0:
-                continue
-            rows = stored.rows(start, stop) if stored.shape else stored
-            if total is None:
-                total = self._whole(rows).mul_(number)
-            else:
-                total.add_(self._mapped(rows).to(self.device), alpha=number)
-        return total if total is not None else torch.zeros_like(self.base_rows(name, start, stop))
+    def sum_of(self, name: str, numbers: Sequence[float]) -> Rows:
+        """Rows of the sum of base and models, each times its number; one pass over each whose number is not 0.
+
+        What rows are in is used again for the next ones.
+        """
+        terms = [(self._mapped(stored), number) for stored, number in zip(self.inputs(name).values(), numbers, strict=True)]
+        terms = sorted(((values, number) for values, number in terms if number), key=lambda term: term[1] != 1)
+
+        def rows(start: int, stop: int) -> Tensor:
+            parts = [(values[start:stop] if values.dim() else values, number) for values, number in terms]
+            shape = (stop - start, *self.stored_base[name].shape[1:]) if self.stored_base[name].shape else ()
+            total, part = (self.scratch.take(use, shape, torch.float32, self.device) for use in ("sum", "part"))
+            if not parts:
+                return total.zero_()
+            total.copy_(parts[0][0])
+            if parts[0][1] != 1:
+                total.mul_(parts[0][1])
+            for values, number in parts[1:]:
+                total.add_(part.copy_(values), alpha=number)  # adding 16 bits to fp32 would convert them into new memory
+            return total
+
+        return rows
 
     def delta(self, model: int, name: str) -> Delta:
         """The whole change: of a LoRA adapter its factors, of none where it leaves a matrix as it is.
@@ -144,6 +164,10 @@ class Parents:
         return self._maps[path]
 
     @cached_property
+    def scratch(self) -> Scratch:
+        return Scratch()
+
+    @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:
         return {}
 
@@ -151,6 +175,13 @@ class Parents:
 def is_finite(block: Tensor) -> bool:
     """Whether all values are; by their sum, which one that is not would spoil, and only then by each."""
     return math.isfinite(float(block.sum(dtype=torch.float32))) or bool(block.isfinite().all())
+
+
+def stays_finite(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether fp32 values surely are finite once they are in this format: by the sum of their squares. No says nothing."""
+    flat = values.reshape(-1)
+    squares = float(flat.dot(flat))
+    return math.isfinite(squares) and squares < torch.finfo(dtype).max ** 2
 
 
 @dataclass(frozen=True)

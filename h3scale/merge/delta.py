@@ -15,6 +15,8 @@ from torch import Tensor
 
 BLOCK_VALUES = 1 << 17  # what is worked on at a time: so many values of all models stay in the processor's cache
 
+_TILE = 256  # columns of a product that is looked at in blocks: its rows are then no large power of 2 apart, which caches cannot hold
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -101,21 +103,22 @@ def dense(delta: Delta) -> Tensor:
 
 
 def magnitudes(delta: Delta) -> Iterator[Tensor]:
-    """|entries|, some rows at a time, all in one buffer: what a block needs anew from the system costs more than to work on it."""
-    if delta.shape == ():
-        yield dense(delta).abs().reshape(1)
-        return
-    step = min(max(1, BLOCK_VALUES // max(math.prod(delta.shape[1:]), 1)), max(delta.shape[0], 1))
+    """|entries| laid flat, each once, in a buffer that is used again: memory that is new from the system costs more than the work."""
     like = delta.left_OR if isinstance(delta, LowRank) else delta
-    buffer = torch.empty(step, *delta.shape[1:], dtype=like.dtype, device=like.device)
-    for start in range(0, delta.shape[0], step):
-        rows = slice(start, min(start + step, delta.shape[0]))
-        block = buffer[: rows.stop - start]
-        if isinstance(delta, LowRank):
-            torch.mm(delta.left_OR[rows], delta.right_RI, out=block)
+    width = math.prod(delta.shape[1:])
+    columns = min(width, _TILE) if isinstance(delta, LowRank) else width
+    step = min(max(1, BLOCK_VALUES // max(columns, 1)), math.prod(delta.shape[:1]))
+    buffer = torch.empty(step * columns, dtype=like.dtype, device=like.device)
+    for start in range(0, math.prod(delta.shape[:1]), step):
+        if isinstance(delta, Tensor):
+            rows = delta[start : start + step] if delta.dim() else delta
+            yield torch.abs(rows.reshape(-1), out=buffer[: rows.numel()])
+            continue
+        left_CR = delta.left_OR[start : start + step]
+        for right_RT in delta.right_RI.split(columns, dim=1):
+            block = buffer[: left_CR.shape[0] * right_RT.shape[1]]
+            torch.mm(left_CR, right_RT, out=block.view(left_CR.shape[0], -1))
             yield block.abs_()
-        else:
-            yield torch.abs(delta[rows], out=block)
 
 
 def length(delta: Delta) -> float:

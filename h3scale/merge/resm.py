@@ -22,7 +22,7 @@ from torch.nn.functional import threshold_
 
 from h3scale.config.merge import Resm
 from h3scale.merge.delta import Delta, LowRank, Site, dense, length, magnitudes
-from h3scale.merge.spectrum import largest_rank, orthogonal_together, top_triplets
+from h3scale.merge.spectrum import joined, largest_rank
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,10 @@ def resm(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], opt
     shares = [trait.outlier_share for trait in traits]
     if options.outliers == "model" and sum(shares) > 0:
         weights = [weight * len(deltas) * share / sum(shares) for weight, share in zip(weights, shares, strict=True)]
-    parts = []
-    for delta, trait, rank, weight in zip(deltas, traits, ranks, weights, strict=True):
-        cut = dense(delta).clamp(-trait.threshold, trait.threshold) if options.outliers == "element" else delta
-        parts.append(top_triplets(cut, rank).scaled(weight))
-    return orthogonal_together(parts)
+    if options.outliers != "element":
+        return joined(deltas, ranks, weights)
+    limits = [trait.threshold for trait in traits]
+    return joined((dense(delta).clamp(-limit, limit) for delta, limit in zip(deltas, limits, strict=True)), ranks, weights)
 
 
 def traits_of(delta: Delta, options: Resm) -> Traits:

@@ -4,7 +4,7 @@ Gram matrices square the singular values, so that those below some 1e-7 of the l
 matrices (LoRA) are decomposed by their factors; their entries are never made.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from h3scale.merge.delta import Delta, LowRank
 
-CHUNK = 1024  # columns of the longer side that are worked on in fp64 at a time
+CHUNK = 512  # columns of the longer side that are worked on in fp64 at a time
+BLOCK = 128  # rows of a Gram matrix that are made at a time: what lies above its diagonal is known from below
 LONG = 4  # singular vectors so many times longer than there are of them are far from dependent, and kept in fp32
+FAR = 1e-2  # least eigenvalue of C for a product in fp32: its rounding is 1e-7 of the result, divided by the root of this
 NULL = 1e-12  # a share of the largest eigenvalue: directions below it are noise of fp64
 
 
@@ -35,43 +37,62 @@ class Triplets:
         return Triplets(self.left_OK[:, :kept], self.values_K[:kept], self.right_IK[:, :kept])
 
 
-def top_triplets(delta: Delta, count: int) -> Triplets:
-    """The `count` largest singular triplets, fp64 (long vectors of large matrices fp32)."""
+def top_triplets(delta: Delta, count: int, room_KL: Tensor | None = None) -> Triplets:
+    """The `count` largest singular triplets, fp64 (long vectors of large matrices fp32); `room_KL` is where those are put."""
     if isinstance(delta, LowRank):
         return _of_factors(delta, count)
     is_tall = delta.shape[0] > delta.shape[1]
     matrix_SL = delta.T if is_tall else delta
     values_K, short_SK = _short_side(gram(matrix_SL), count)
-    size, dtype = matrix_SL.shape[1], torch.float64 if matrix_SL.shape[1] <= LONG * matrix_SL.shape[0] else torch.float32
-    long_LK = torch.empty(size, len(values_K), dtype=dtype, device=delta.device)
-    unscaled_SK = short_SK / values_K
-    for columns in _chunks(matrix_SL.shape[1]):
-        long_LK[columns] = (matrix_SL[:, columns].double().T @ unscaled_SK).to(long_LK.dtype)
-    return Triplets(long_LK, values_K, short_SK) if is_tall else Triplets(short_SK, values_K, long_LK)
+    long_KL = (_room(delta, count) if room_KL is None else room_KL)[: len(values_K)]
+    unscaled_KS = (short_SK / values_K).T
+    for columns, part_SC in _doubled(matrix_SL):
+        long_KL[:, columns] = unscaled_KS @ part_SC
+    return Triplets(long_KL.T, values_K, short_SK) if is_tall else Triplets(short_SK, values_K, long_KL.T)
 
 
 def gram(matrix_SL: Tensor) -> Tensor:
     """M M^T in fp64."""
     total_SS = torch.zeros(matrix_SL.shape[0], matrix_SL.shape[0], dtype=torch.float64, device=matrix_SL.device)
-    for columns in _chunks(matrix_SL.shape[1]):
-        part_SC = matrix_SL[:, columns].double()
-        total_SS.addmm_(part_SC, part_SC.T)
-    return total_SS
+    for _, part_SC in _doubled(matrix_SL):
+        _add_gram(total_SS, part_SC)
+    return _mirrored(total_SS)
 
 
-def orthogonal_together(parts: Sequence[Triplets], values_K: Tensor | None = None) -> Delta:
+def joined(deltas: Iterable[Delta], ranks: Sequence[int], weights: Sequence[float]) -> Delta:
+    """So many of the largest triplets of each, times its weight, made orthogonal together. Deltas are asked for one by one."""
+    parts: list[Triplets] = []
+    room_KL: Tensor | None = None
+    used = 0
+    for delta, rank, weight in zip(deltas, ranks, weights, strict=True):
+        if room_KL is None and isinstance(delta, Tensor):
+            room_KL = _room(delta, sum(ranks))
+        part = top_triplets(delta, rank, None if room_KL is None else room_KL[used : used + rank])
+        used += len(part.values_K) if isinstance(delta, Tensor) else 0
+        parts.append(part.scaled(weight))
+    is_all = used == sum(len(part.values_K) for part in parts)
+    return orthogonal_together(parts, long_KL=room_KL[:used] if room_KL is not None and is_all else None)
+
+
+def orthogonal_together(parts: Sequence[Triplets], values_K: Tensor | None = None, long_KL: Tensor | None = None) -> Delta:
     """U' diag(values) V'^T, where U' and V' are the nearest orthonormal columns to all left and right vectors side by side.
 
     With C = U^T U, U' = U C^-1/2 (the polar factor), so that all that is decomposed is K x K. Directions that are not there
     (C's eigenvalue is 0, as with two equal models) are left out of U'; the published codes fill them with whatever vectors
-    their SVD returns. `values_K` takes the place of the parts' own. fp32; factors when those are smaller than the matrix.
+    their SVD returns. `values_K` takes the place of the parts' own; `long_KL`: the long vectors are there one below the other.
+    Factors when those are smaller than the matrix or already there, else fp32.
     """
+    is_tall = parts[0].left_OK.shape[0] > parts[0].right_IK.shape[0]
     lefts, rights = [part.left_OK for part in parts], [part.right_IK for part in parts]
+    shorts, longs = (rights, lefts) if is_tall else (lefts, rights)
     values_K = torch.cat([part.values_K for part in parts]) if values_K is None else values_K
-    core_KK = _inverse_root(_gram_of_columns(lefts)) * values_K @ _inverse_root(_gram_of_columns(rights))
-    if lefts[0].shape[0] <= rights[0].shape[0]:
-        return product([_rows(lefts) @ core_KK], rights)
-    return product(lefts, [_rows(rights) @ core_KK.T])
+    short_SK = _rows(shorts) @ _inverse_root(_gram_of_columns(shorts))[0] * values_K
+    root_KK, least = _inverse_root(_gram_of_columns(longs))
+    if least < FAR or long_KL is None:
+        short_SK = short_SK @ root_KK
+        return product(longs, [short_SK]) if is_tall else product([short_SK], longs)
+    short_SK, long_KL = short_SK.float() @ root_KK.float(), long_KL.float()
+    return LowRank(long_KL.T, short_SK.T) if is_tall else LowRank(short_SK, long_KL)
 
 
 def product(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Delta:
@@ -114,12 +135,12 @@ def _of_factors(delta: LowRank, count: int) -> Triplets:
     return Triplets(left_OR @ u_RK[:, :kept], values_K[:kept], right_IR @ v_KR[:kept].T)
 
 
-def _inverse_root(gram_KK: Tensor) -> Tensor:
-    """C^-1/2 on the directions that are there."""
+def _inverse_root(gram_KK: Tensor) -> tuple[Tensor, float]:
+    """C^-1/2 on the directions that are there, and the least eigenvalue (0 for no directions)."""
     squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
     there_K = squares_K > NULL * squares_K[-1:]
     roots_K = torch.where(there_K, squares_K.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-    return vectors_KK * roots_K @ vectors_KK.T
+    return vectors_KK * roots_K @ vectors_KK.T, float(squares_K[:1].sum())
 
 
 def _gram_of_columns(parts: Sequence[Tensor]) -> Tensor:
@@ -127,14 +148,43 @@ def _gram_of_columns(parts: Sequence[Tensor]) -> Tensor:
     rank = sum(part.shape[1] for part in parts)
     total_KK = torch.zeros(rank, rank, dtype=torch.float64, device=parts[0].device)
     for rows in _chunks(parts[0].shape[0]):
-        part_CK = _rows(parts, rows)
-        total_KK.addmm_(part_CK.T, part_CK)
-    return total_KK
+        _add_gram(total_KK, _rows(parts, rows).T)
+    return _mirrored(total_KK)
+
+
+def _add_gram(total_SS: Tensor, part_SC: Tensor) -> None:
+    """Adds M M^T to what is on and below the diagonal: half of the work of all of it."""
+    for start in range(0, len(part_SC), BLOCK):
+        stop = start + BLOCK
+        total_SS[start:stop, :stop].addmm_(part_SC[start:stop], part_SC[:stop].T)
+
+
+def _mirrored(total_SS: Tensor) -> Tensor:
+    """With what is above the diagonal as below it."""
+    for start in range(0, len(total_SS), BLOCK):
+        total_SS[:start, start : start + BLOCK] = total_SS[start : start + BLOCK, :start].T
+    return total_SS
+
+
+def _room(delta: Tensor, count: int) -> Tensor:
+    """Memory for so many long singular vectors."""
+    short, long = sorted(delta.shape)
+    dtype = torch.float64 if long <= LONG * short else torch.float32
+    return torch.empty(count, long, dtype=dtype, device=delta.device)
 
 
 def _rows(parts: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
     """Rows of columns side by side, fp64."""
     return torch.cat([part[rows].double() for part in parts], dim=1)
+
+
+def _doubled(matrix_SL: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Columns in fp64, some at a time, in memory that the next are put into."""
+    short, device = matrix_SL.shape[0], matrix_SL.device
+    buffer = torch.empty(short * min(CHUNK, matrix_SL.shape[1]), dtype=torch.float64, device=device)
+    for columns in _chunks(matrix_SL.shape[1]):
+        width = columns.stop - columns.start
+        yield columns, buffer[: short * width].view(short, width).copy_(matrix_SL[:, columns])
 
 
 def _chunks(size: int) -> Iterator[slice]:

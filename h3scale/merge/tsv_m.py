@@ -11,11 +11,10 @@ from torch import Tensor
 
 from h3scale.config.merge import TsvM
 from h3scale.merge.delta import Delta, Site
-from h3scale.merge.spectrum import largest_rank, orthogonal_together, top_triplets
+from h3scale.merge.spectrum import joined, largest_rank
 
 
 def tsv_m(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], options: TsvM, site: Site) -> Delta:
     """The merged change of one matrix, before scaling."""
     rank = max(1, largest_rank(base_OI) // len(deltas))
-    parts = [top_triplets(delta, rank).scaled(weight) for delta, weight in zip(deltas, weights, strict=True)]
-    return orthogonal_together(parts)
+    return joined(deltas, [rank] * len(deltas), weights)

@@ -15,13 +15,13 @@ from torch import Tensor
 from h3scale.checkpoint.extents import Computed, Stored
 from h3scale.config.merge import Options, Ties
 from h3scale.fusion.parents import Changes, Parents, Rows, Streamed, is_finite, stays_finite
-from h3scale.merge.delta import BLOCK_VALUES, LowRank, Site, dense
+from h3scale.merge.delta import BLOCK_VALUES, Site, dense, rows_of
 from h3scale.merge.registry import METHODS, merged_delta
 from h3scale.merge.select import HELD
 
 MOST_BYTES = 512 << 20  # that thresholds of tensors may take together
 _TENSORS = 4  # of the largest tensor's size: what whole matrices may take together, if that is more
-_BYTES_PER_VALUE = 16  # of a whole matrix: fp32 in and out, fp64 singular vectors of the longer side
+_BYTES_PER_VALUE = 12  # of a whole matrix: fp64 singular vectors of the longer side, fp32 out
 _BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
 _BYTES_HELD = 4  # of a value that a threshold is looked for among
 _SUM_VALUES = 1 << 19  # of a sum, made at a time
@@ -73,7 +73,7 @@ class Merger:
     def rows_of(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a merged tensor, fp32 on the CPU, made for these alone."""
         with self.made(name) as rows:
-            return rows(start, stop)
+            return rows(start, stop).clone()
 
     @contextmanager
     def made(self, name: str) -> Iterator[Rows]:
@@ -126,7 +126,7 @@ class Merger:
         def rows(start: int, stop: int) -> Tensor:
             if not self.alone:
                 return self.parents.changed_rows(name, change, start, stop).cpu()
-            return (change.rows(start, stop) if isinstance(change, LowRank) else change[start:stop]).cpu()
+            return rows_of(change, start, stop).cpu()
 
         return rows
 

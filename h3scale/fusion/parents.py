@@ -16,7 +16,7 @@ from h3scale.checkpoint.folder_extents import stored_tensors
 from h3scale.errors import DataError
 from h3scale.fusion.scratch import Scratch
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
-from h3scale.merge.delta import BLOCK_VALUES, Delta, LowRank, Pair
+from h3scale.merge.delta import BLOCK_VALUES, Delta, LowRank, Pair, Unread, dense, rows_of
 
 _SHORT_BYTES = 2
 Rows = Callable[[int, int], Tensor]  # fp32 rows of a tensor
@@ -71,7 +71,7 @@ class Parents:
         total = self.scratch.take("sum", stored.shape, torch.float32, self.device).copy_(self._mapped(stored))
         if isinstance(change, LowRank):
             return total.addmm_(change.left_OR[start:stop], change.right_RI)
-        return total.add_(change[start:stop])
+        return total.add_(rows_of(change, start, stop))
 
     def delta_rows(self, model: int, name: str, start: int, base_rows: Tensor) -> Tensor:
         """Rows of a model less those of the base, from `start` on."""
@@ -79,7 +79,7 @@ class Parents:
         if own is not None:
             return self._rows(own, start, start + len(base_rows) if base_rows.dim() else 1).sub_(base_rows)
         change = self.delta(model, name)
-        return change.rows(start, start + len(base_rows)) if isinstance(change, LowRank) else change
+        return change.rows(start, start + len(base_rows)) if isinstance(change, LowRank) else dense(change)
 
     def is_short(self, name: str) -> bool:
         """Whether base and models all have files of their own for it, in 16 bits: fp32 then has room for sums of them."""
@@ -110,20 +110,37 @@ class Parents:
         return rows
 
     def delta(self, model: int, name: str) -> Delta:
-        """The whole change: of a LoRA adapter its factors, of none where it leaves a matrix as it is.
+        """The whole change: of a LoRA adapter its factors, of none where it leaves a matrix as it is; another matrix unread.
 
-        DataError (65) for values that are not finite.
+        DataError (65) for values that are not finite, of a matrix when those are read.
         """
         source = self.models[self.labels[model]]
         if isinstance(source, AdapterSource):
             return self._of_adapter(source, name)
-        values = self._whole(self.stored[model][name])
+        stored = self.stored[model][name]
+        if len(stored.shape) == 2:
+            return Unread(stored.shape, self.device, self._reader(name, stored))
+        values = self._whole(stored)
         for start, stop in self.spans(name):
             rows = values[start:stop] if values.dim() else values
             rows.sub_(self.base_rows(name, start, stop))
             if not is_finite(rows):
                 raise self.not_finite(name)
         return values
+
+    def _reader(self, name: str, stored: Stored) -> Callable[[slice, slice], Tensor]:
+        """Reads parts of a matrix less those of the base."""
+        own, base = self._mapped(stored), self._mapped(self.stored_base[name])
+
+        def read(rows: slice, columns: slice) -> Tensor:
+            shape = tuple(own[rows, columns].shape)
+            values, part = (self.scratch.take(use, shape, torch.float32, self.device) for use in ("change", "part"))
+            values.copy_(own[rows, columns]).sub_(part.copy_(base[rows, columns]))
+            if not is_finite(values):
+                raise self.not_finite(name)
+            return values
+
+        return read
 
     def not_finite(self, name: str) -> DataError:
         """What to say of a merged tensor that has values which are not finite: the parents to blame, else the format."""

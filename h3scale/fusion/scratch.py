@@ -1,4 +1,4 @@
-"""Buffers that a thread uses again for every block: memory that is new from the system costs more than to add up what is put there."""
+"""Buffers that a thread uses again for every block: to get new memory from the system takes longer than the sums in it."""
 
 import threading
 from math import prod

@@ -15,7 +15,9 @@ from torch import Tensor
 
 BLOCK_VALUES = 1 << 17  # what is worked on at a time: so many values of all models stay in the processor's cache
 
-_TILE = 256  # columns of a product that is looked at in blocks: its rows are then no large power of 2 apart, which caches cannot hold
+_TILE = (
+    256  # columns of a product that is looked at in blocks: its rows are then no large power of 2 apart, which caches cannot hold
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,26 @@ class LowRank:
         return self.left_OR @ self.right_RI
 
 
-Delta = Tensor | LowRank
+@dataclass(frozen=True)
+class Unread:
+    """A matrix that is in files and never whole in memory. `read`: rows and columns of it, good until the next are asked for."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+    read: Callable[[slice, slice], Tensor]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.read(slice(start, stop), slice(None))
+
+    def dense(self) -> Tensor:
+        values_OI = torch.empty(self.shape, device=self.device)
+        step = max(1, BLOCK_VALUES // max(self.shape[1], 1))
+        for start in range(0, self.shape[0], step):
+            values_OI[start : start + step] = self.rows(start, start + step)
+        return values_OI
+
+
+Delta = Tensor | LowRank | Unread
 Pair = tuple[Tensor, list[Tensor]]  # a base and the deltas of all models, or blocks of them
 
 
@@ -99,25 +120,31 @@ Survey = Callable[[Blocks, Any, Sequence[float]], Any]
 
 def dense(delta: Delta) -> Tensor:
     """All entries, fp32 (fp64 stays)."""
-    return delta.dense() if isinstance(delta, LowRank) else delta
+    return delta if isinstance(delta, Tensor) else delta.dense()
+
+
+def rows_of(delta: Delta, start: int, stop: int) -> Tensor:
+    """Some of all entries."""
+    return delta[start:stop] if isinstance(delta, Tensor) else delta.rows(start, stop)
 
 
 def magnitudes(delta: Delta) -> Iterator[Tensor]:
-    """|entries| laid flat, each once, in a buffer that is used again: memory that is new from the system costs more than the work."""
-    like = delta.left_OR if isinstance(delta, LowRank) else delta
-    width = math.prod(delta.shape[1:])
+    """|entries| laid flat, each once, in a buffer that is used again: to get new memory takes longer than the work."""
+    values = delta.left_OR if isinstance(delta, LowRank) else delta
+    dtype = values.dtype if isinstance(values, Tensor) else torch.float32
+    height, width = math.prod(delta.shape[:1]), math.prod(delta.shape[1:])
     columns = min(width, _TILE) if isinstance(delta, LowRank) else width
-    step = min(max(1, BLOCK_VALUES // max(columns, 1)), math.prod(delta.shape[:1]))
-    buffer = torch.empty(step * columns, dtype=like.dtype, device=like.device)
-    for start in range(0, math.prod(delta.shape[:1]), step):
-        if isinstance(delta, Tensor):
-            rows = delta[start : start + step] if delta.dim() else delta
-            yield torch.abs(rows.reshape(-1), out=buffer[: rows.numel()])
+    step = min(max(1, BLOCK_VALUES // max(columns, 1)), height)
+    buffer = torch.empty(step * columns, dtype=dtype, device=values.device)
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        if not isinstance(delta, LowRank):
+            values_X = rows_of(delta, start, stop) if delta.shape else dense(delta)
+            yield torch.abs(values_X.reshape(-1), out=buffer[: values_X.numel()])
             continue
-        left_CR = delta.left_OR[start : start + step]
         for right_RT in delta.right_RI.split(columns, dim=1):
-            block = buffer[: left_CR.shape[0] * right_RT.shape[1]]
-            torch.mm(left_CR, right_RT, out=block.view(left_CR.shape[0], -1))
+            block = buffer[: (stop - start) * right_RT.shape[1]]
+            torch.mm(delta.left_OR[start:stop], right_RT, out=block.view(stop - start, -1))
             yield block.abs_()
 
 
@@ -126,7 +153,7 @@ def length(delta: Delta) -> float:
     if isinstance(delta, LowRank):
         left_OR, right_RI = delta.left_OR.double(), delta.right_RI.double()
         return math.sqrt(max(float(((left_OR.T @ left_OR) * (right_RI @ right_RI.T)).sum()), 0.0))
-    return math.sqrt(float(delta.double().square().sum()))
+    return math.sqrt(float(dense(delta).double().square().sum()))
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from h3scale.config.merge import IsoCts
-from h3scale.merge.delta import Delta, LowRank, Site, length, weighted_sum
+from h3scale.merge.delta import Delta, LowRank, Site, dense, length, weighted_sum
 from h3scale.merge.spectrum import Triplets, largest_rank, orthogonal_together, top_triplets
 
 ROUNDING = 1e-8  # what is left of a delta that lies in the common directions, as a share of its length
@@ -41,5 +41,5 @@ def without(delta: Delta, common: Triplets) -> Delta:
     if isinstance(delta, LowRank):
         factor_OR = delta.left_OR.double()
         return LowRank(factor_OR - left_OK @ (left_OK.T @ factor_OR), delta.right_RI)
-    delta_OI = delta.double()
+    delta_OI = dense(delta).double()
     return delta_OI - left_OK @ (left_OK.T @ delta_OI)

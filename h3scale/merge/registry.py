@@ -13,7 +13,7 @@ from h3scale.merge.consensus_ta import consensus_ta
 from h3scale.merge.dare import dare
 from h3scale.merge.dare_ties import dare_ties
 from h3scale.merge.della import della
-from h3scale.merge.delta import Delta, LowRank, Site, Survey
+from h3scale.merge.delta import Delta, LowRank, Site, Survey, dense
 from h3scale.merge.iso_c import iso_c
 from h3scale.merge.iso_cts import iso_cts
 from h3scale.merge.linear import linear, shares
@@ -79,4 +79,5 @@ def merged_delta(
         return change
     if isinstance(change, LowRank):
         return LowRank(change.left_OR * options.scaling, change.right_RI)
-    return change.mul(torch.tensor(options.scaling, dtype=change.dtype))
+    values = dense(change)
+    return values.mul(torch.tensor(options.scaling, dtype=values.dtype))

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 from h3scale.config.merge import Resm
 from h3scale.merge.delta import Delta, LowRank, Site, dense, length, magnitudes
@@ -63,7 +62,7 @@ def traits_of(delta: Delta, options: Resm) -> Traits:
     for sizes_X in magnitudes(delta):
         counted_X = torch.empty_like(sizes_X) if counted_X is None else counted_X[: len(sizes_X)]
         num_dense += int(torch.gt(sizes_X, below, out=counted_X).sum())  # as numbers: truth values take five times as long to count
-        outside += float(threshold_(sizes_X, threshold, 0.0).sum())
+        outside += float(torch.threshold_(sizes_X, threshold, 0.0).sum())
     return Traits(threshold, outside / total if total else 0.0, num_dense)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from h3scale.merge.delta import Delta, LowRank
+from h3scale.merge.delta import Delta, LowRank, Unread
 
 CHUNK = 512  # columns of the longer side that are worked on in fp64 at a time
 BLOCK = 128  # rows of a Gram matrix that are made at a time: what lies above its diagonal is known from below
@@ -42,19 +42,18 @@ def top_triplets(delta: Delta, count: int, room_KL: Tensor | None = None) -> Tri
     if isinstance(delta, LowRank):
         return _of_factors(delta, count)
     is_tall = delta.shape[0] > delta.shape[1]
-    matrix_SL = delta.T if is_tall else delta
-    values_K, short_SK = _short_side(gram(matrix_SL), count)
+    values_K, short_SK = _short_side(gram(delta), count)
     long_KL = (_room(delta, count) if room_KL is None else room_KL)[: len(values_K)]
     unscaled_KS = (short_SK / values_K).T
-    for columns, part_SC in _doubled(matrix_SL):
+    for columns, part_SC in _doubled(delta):
         long_KL[:, columns] = unscaled_KS @ part_SC
     return Triplets(long_KL.T, values_K, short_SK) if is_tall else Triplets(short_SK, values_K, long_KL.T)
 
 
-def gram(matrix_SL: Tensor) -> Tensor:
-    """M M^T in fp64."""
-    total_SS = torch.zeros(matrix_SL.shape[0], matrix_SL.shape[0], dtype=torch.float64, device=matrix_SL.device)
-    for _, part_SC in _doubled(matrix_SL):
+def gram(delta: Tensor | Unread) -> Tensor:
+    """M M^T in fp64, of the shorter side."""
+    total_SS = torch.zeros(min(delta.shape), min(delta.shape), dtype=torch.float64, device=delta.device)
+    for _, part_SC in _doubled(delta):
         _add_gram(total_SS, part_SC)
     return _mirrored(total_SS)
 
@@ -65,10 +64,10 @@ def joined(deltas: Iterable[Delta], ranks: Sequence[int], weights: Sequence[floa
     room_KL: Tensor | None = None
     used = 0
     for delta, rank, weight in zip(deltas, ranks, weights, strict=True):
-        if room_KL is None and isinstance(delta, Tensor):
+        if room_KL is None and not isinstance(delta, LowRank):
             room_KL = _room(delta, sum(ranks))
         part = top_triplets(delta, rank, None if room_KL is None else room_KL[used : used + rank])
-        used += len(part.values_K) if isinstance(delta, Tensor) else 0
+        used += 0 if isinstance(delta, LowRank) else len(part.values_K)
         parts.append(part.scaled(weight))
     is_all = used == sum(len(part.values_K) for part in parts)
     return orthogonal_together(parts, long_KL=room_KL[:used] if room_KL is not None and is_all else None)
@@ -166,7 +165,7 @@ def _mirrored(total_SS: Tensor) -> Tensor:
     return total_SS
 
 
-def _room(delta: Tensor, count: int) -> Tensor:
+def _room(delta: Tensor | Unread, count: int) -> Tensor:
     """Memory for so many long singular vectors."""
     short, long = sorted(delta.shape)
     dtype = torch.float64 if long <= LONG * short else torch.float32
@@ -178,13 +177,16 @@ def _rows(parts: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
     return torch.cat([part[rows].double() for part in parts], dim=1)
 
 
-def _doubled(matrix_SL: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Columns in fp64, some at a time, in memory that the next are put into."""
-    short, device = matrix_SL.shape[0], matrix_SL.device
-    buffer = torch.empty(short * min(CHUNK, matrix_SL.shape[1]), dtype=torch.float64, device=device)
-    for columns in _chunks(matrix_SL.shape[1]):
-        width = columns.stop - columns.start
-        yield columns, buffer[: short * width].view(short, width).copy_(matrix_SL[:, columns])
+def _doubled(delta: Tensor | Unread) -> Iterator[tuple[slice, Tensor]]:
+    """Where and what: the short side in fp64, some places of the long one at a time, in memory that the next are put into."""
+    short, long = sorted(delta.shape)
+    buffer = torch.empty(short * min(CHUNK, long), dtype=torch.float64, device=delta.device)
+    everything = slice(None)
+    for place in _chunks(long):
+        rows, columns = (place, everything) if delta.shape[0] > delta.shape[1] else (everything, place)
+        part = delta[rows, columns] if isinstance(delta, Tensor) else delta.read(rows, columns)
+        part_SC = part.T if delta.shape[0] > delta.shape[1] else part
+        yield place, buffer[: part_SC.numel()].view(part_SC.shape).copy_(part_SC)
 
 
 def _chunks(size: int) -> Iterator[slice]:

@@ -23,4 +23,5 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(family: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work goes in blocks of some rows, as in large models."""
     monkeypatch.setattr("h3scale.fusion.parents.BLOCK_VALUES", 300)
+    monkeypatch.setattr("h3scale.fusion.merged.BLOCK_VALUES", 300)
     return family

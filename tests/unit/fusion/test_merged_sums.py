@@ -13,6 +13,7 @@ from h3scale.config.merge import load_merge
 from h3scale.errors import DataError
 from h3scale.fusion.merge import How, merge
 from h3scale.fusion.merged import Merger
+from h3scale.fusion.parents import stays_finite
 from tests.tiny import tiny_aligned, tiny_llama
 
 LABELS = ("helpful", "harmless", "honest")
@@ -31,6 +32,11 @@ def merged(parents: Path, out: Path, method: str, *overrides: str) -> ModelFolde
     values = {"base": str(parents / "base"), "models": [str(parents / label) for label in LABELS], "dtype": "float32"}
     merge(*load_merge(None, values | {"method": method, "out": str(out)}, list(overrides)), how=How(fsync=False))
     return ModelFolder(out)
+
+
+@pytest.fixture(autouse=True)
+def _blocks_of_some_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("h3scale.fusion.merged._SUM_VALUES", 300)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -67,6 +73,17 @@ def test_the_changes_are_not_made(parents: Path, tmp_path: Path, monkeypatch: py
     merged(parents, tmp_path / "out", "linear")
     with pytest.raises(AssertionError, match="a change was made"):
         merged(parents, tmp_path / "ties", "ties")
+
+
+def test_values_that_rounding_makes_infinite_are_not_called_finite() -> None:
+    largest = torch.finfo(torch.float32).max
+    beyond = torch.tensor([largest, -largest, 1.0])  # each is finite and so is their sum, but not in 16 bits
+    assert beyond.isfinite().all()
+    assert not beyond.to(torch.bfloat16).isfinite().all()
+    assert not stays_finite(beyond, torch.bfloat16)
+    assert not stays_finite(torch.tensor([70_000.0]), torch.float16)
+    assert not stays_finite(torch.tensor([1.0, float("nan")]), torch.float32)
+    assert stays_finite(torch.tensor([60_000.0]), torch.float16)
 
 
 def test_a_value_that_is_not_finite_is_blamed_on_its_parent(parents: Path, tmp_path: Path) -> None:

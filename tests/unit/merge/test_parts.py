@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h3scale.merge.chance import chances
+from h3scale.merge.delta import LowRank, Unread, dense, magnitudes
 from h3scale.merge.select import largest
-from h3scale.merge.spectrum import orthogonal_together, top_triplets
+from h3scale.merge.spectrum import BLOCK, gram, joined, orthogonal_together, top_triplets
+from tests.unit.merge.oracle import side_by_side, svd
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,6 +56,51 @@ def test_long_singular_vectors_kept_in_fp32_change_little(monkeypatch: pytest.Mo
     wanted = orthogonal_together([top_triplets(matrix, 13) for matrix in matrices])
     monkeypatch.setattr("h3scale.merge.spectrum.LONG", 0)
     found = orthogonal_together([top_triplets(matrix, 13) for matrix in matrices])
-    assert isinstance(wanted, torch.Tensor)
-    assert isinstance(found, torch.Tensor)
-    assert 0 < float((found - wanted).norm() / wanted.norm()) < 1e-4
+    assert 0 < float((dense(found) - dense(wanted)).norm() / dense(wanted).norm()) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2 * BLOCK + 7, 600), (600, 2 * BLOCK + 7), (5, 5)])
+def test_a_gram_matrix_made_by_halves_is_the_whole_product(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    short = (matrix if shape[0] <= shape[1] else matrix.T).double()
+    torch.testing.assert_close(gram(matrix), short @ short.T, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(30, 90), (90, 30), (40, 40)])
+@pytest.mark.parametrize("apart", [1.0, 1e-2])
+def test_models_far_apart_and_models_almost_alike_are_as_the_full_svd_says(shape: tuple[int, int], apart: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    common, *own = (torch.randn(shape, generator=generator) for _ in range(4))
+    deltas = [(common if apart < 1 else 0) + apart * each for each in own]
+    ranks = [10, 9, 8]
+    wanted = side_by_side([svd(delta.double(), rank) for delta, rank in zip(deltas, ranks, strict=True)])
+    found = joined(deltas, ranks, [1.0] * 3)
+    assert float((dense(found).double() - wanted).norm() / wanted.norm()) < (1e-6 if apart == 1 else 1e-5)
+    assert isinstance(found, LowRank) == (apart == 1)  # fp32 factors only where that is exact enough
+
+
+@pytest.mark.parametrize("shape", [(30, 90), (90, 30)])
+def test_a_matrix_that_is_read_in_parts_gives_the_same_bits_as_one_in_memory(shape: tuple[int, int]) -> None:
+    deltas = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    buffer = torch.empty(shape)
+
+    def unread(values: torch.Tensor) -> Unread:
+        def read(rows: slice, columns: slice) -> torch.Tensor:
+            buffer.fill_(torch.nan)  # what was read before is not there any more
+            return buffer[rows, columns].copy_(values[rows, columns])
+
+        return Unread(shape, values.device, read)
+
+    found = joined([unread(delta) for delta in deltas], [10, 9, 8], [1.0] * 3)
+    assert torch.equal(dense(found), dense(joined(deltas, [10, 9, 8], [1.0] * 3)))
+    assert torch.equal(unread(deltas[0]).dense(), deltas[0])
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (300, 1100), (3000, 90)])
+def test_each_magnitude_of_a_product_is_seen_once(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = LowRank(torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator))
+    wanted = factors.dense().abs().reshape(-1).sort().values
+    for delta in (factors, factors.dense()):
+        found = torch.cat([block.clone() for block in magnitudes(delta)]).sort().values
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

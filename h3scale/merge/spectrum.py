@@ -119,7 +119,7 @@ def largest_rank(delta: Delta) -> int:
 def _short_side(gram_SS: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest singular values and their vectors, from a Gram matrix."""
     squares_S, vectors_SS = torch.linalg.eigh(gram_SS)
-    squares_S, vectors_SS = squares_S.flip(0)[:count], vectors_SS.flip(1)[:, :count]
+    squares_S, vectors_SS = squares_S.flip(0)[:count], vectors_SS[:, max(0, len(gram_SS) - count) :].flip(1)
     noise = float(gram_SS.trace().abs()) * len(gram_SS) * torch.finfo(torch.float64).eps
     kept = int((squares_S > noise).sum())
     return squares_S[:kept].sqrt(), vectors_SS[:, :kept].contiguous()

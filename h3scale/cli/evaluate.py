@@ -27,6 +27,7 @@ Generate = Annotated[int, typer.Option("--generate", min=0, help="Answers to gen
 ExcludeSource = Annotated[list[str] | None, typer.Option("--exclude-source", help="Score again without such a source.")]
 BagTrain = Annotated[list[Path] | None, typer.Option("--bag-train", help="Fit a bag-of-words baseline on these records.")]
 Experts = Annotated[str, typer.Option("--experts", help="What computes experts, as `experts` in a recipe.")]
+EnsembleOption = Annotated[bool, typer.Option("--ensemble", help="Score the models as one, by the mean of their logits.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -42,6 +43,7 @@ def evaluate(
     exclude_source: ExcludeSource = None,
     bag_train: BagTrain = None,
     experts: Experts = "auto",
+    ensemble: EnsembleOption = False,
     force: Force = False,
 ) -> None:
     """Score models: NLL, router accuracy, exact match on held-out records; a suite's scores without a judge.
@@ -53,6 +55,9 @@ def evaluate(
     """
     of_records = {"--generate": generate, "--exclude-source": exclude_source, "--bag-train": bag_train}
     _check_asked(records, suite, data, [name for name, value in of_records.items() if value])
+    if ensemble:
+        _evaluate_ensemble(models, out, suite, data, experts, force, bool(records) or router != "trained" or processes > 1)
+        return
     names = _names(models, out)
     from h3scale.checkpoint.shards import check_output
     from h3scale.data.sources import read_records
@@ -80,6 +85,23 @@ def evaluate(
     target = f"{out}/" if len(models) > 1 else str(out)
     picture = f"   picture: {_picture(out, len(models))}" if loaded else ""
     print(f"\nresults: {target}{picture}   next: h3scale generate {models[-1]} 'your prompt'")
+
+
+def _evaluate_ensemble(
+    models: Sequence[Path], out: Path, suite: str | None, data: Path | None, experts: str, force: bool, has_more: bool
+) -> None:
+    from h3scale.checkpoint.shards import check_output
+    from h3scale.errors import UsageError
+
+    if suite is None or has_more or len(models) < 2 or out.suffix != ".json":
+        raise UsageError("--ensemble: two models or more on a suite (works: A B C --ensemble --suite builtin --out FILE.json)")
+    check_output(out, force)
+    from h3scale.evaluation.ensemble import evaluate_ensemble
+
+    results = {out.stem: {"suite": evaluate_ensemble(_load_suite(suite, data), list(models), experts)}}
+    _write(out, results, force)
+    _show(results)
+    print(f"\nresults: {out}   picture: {_picture(out, 1)}")
 
 
 def _check_asked(records: Sequence[Path] | None, suite: str | None, data: Path | None, of_records: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from h3scale import __version__, log
-from h3scale.cli import checkpoint, data, demo, evaluate, fuse, generate, launch, merge, report, train
+from h3scale.cli import checkpoint, data, demo, evaluate, fuse, generate, launch, merge, report, study, train
 from h3scale.errors import H3Error
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(report.report)
+app.command()(study.study)
 
 _debug = False
 

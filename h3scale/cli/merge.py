@@ -40,6 +40,9 @@ def merge(
         list[Path] | None,
         typer.Option("--records", help="Validation records (JSONL) for --search, not the test's; may be repeated."),
     ] = None,
+    records_per_alignment: Annotated[
+        int | None, typer.Option("--records-per-alignment", min=1, help="Of these records the first so many of each alignment.")
+    ] = None,
     budget: Annotated[int, typer.Option("--budget", min=3, help="Merges that --search may evaluate.")] = 12,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the models, print what would be done, write nothing.")] = False,
@@ -76,7 +79,9 @@ def merge(
         return
     if search is not None:
         check_output(checked.out, force)
-        options = search_into(search, plan_merge(checked, options, device), records or [], budget, how, force)
+        options = search_into(
+            search, plan_merge(checked, options, device), records or [], records_per_alignment, budget, how, force
+        )
     if dry_run:
         _show(plan_merge(checked, options))
         return

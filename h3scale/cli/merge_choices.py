@@ -1,11 +1,13 @@
 """What helps to choose a merge: h3scale merge --explain and --search, each a folder with JSON and a picture."""
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from h3scale.checkpoint.shards import new_folder, write_json
 from h3scale.config.merge import Options
+from h3scale.data.records import Record
 from h3scale.data.sources import read_records
 from h3scale.evaluation.merge_plots import draw_conflicts, draw_search
 from h3scale.fusion.explain import collision, explain
@@ -24,13 +26,15 @@ def explain_into(folder: Path, plan: MergePlan, force: bool) -> None:
     print(f"explained: {folder}/explain.png, {folder}/explain.json")
 
 
-def search_into(folder: Path, plan: MergePlan, records: Sequence[Path], budget: int, how: How, force: bool) -> Options:
-    """Writes search.json and search.png; gives the options that were best."""
+def search_into(
+    folder: Path, plan: MergePlan, records: Sequence[Path], per_alignment: int | None, budget: int, how: How, force: bool
+) -> Options:
+    """Writes search.json and search.png; gives the options that were best. `per_alignment`: the first so many records of each."""
     axes_of(plan.recipe.method, plan.options)  # its findings come before the work
     with new_folder(folder, force) as partial:
         cache = partial / "changes"
         cache.mkdir()
-        choice = search(plan, read_records(records), budget, cache, how)
+        choice = search(plan, _first_of_each(read_records(records), per_alignment), budget, cache, how)
         shutil.rmtree(cache)
         best = choice.result["best"]
         told = ", ".join(f"{key} {value:g}" for key, value in best["point"].items())
@@ -42,3 +46,13 @@ def search_into(folder: Path, plan: MergePlan, records: Sequence[Path], budget: 
         print(f"less that of {other}: {difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})")
     print(f"searched: {folder}/search.png, {folder}/search.json")
     return choice.options
+
+
+def _first_of_each(records: Sequence[Record], count: int | None) -> list[Record]:
+    seen: Counter[str] = Counter()
+    found = []
+    for record in records:
+        seen[record.alignment] += 1
+        if count is None or seen[record.alignment] <= count:
+            found.append(record)
+    return found

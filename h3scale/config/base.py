@@ -20,14 +20,19 @@ R = TypeVar("R", bound=Strict)
 def find(path: str | Path) -> Path:
     """A file people named: as given from the current folder, else the shipped one of that name (recipes/, ds_configs/)."""
     given = Path(path)
-    if given.is_file():
-        return given
+    found = given if given.is_file() else shipped(given)
+    if found is None:
+        raise MissingInputError(f"{path}: no such file")
+    return found
+
+
+def shipped(given: Path) -> Path | None:
+    """What h3scale brings along under that name, a file or a folder."""
     package = Path(str(files("h3scale")))
     for root in (package / "shipped", package.parent):
-        shipped = root / given
-        if not given.is_absolute() and given.parts[:1] in (("recipes",), ("ds_configs",)) and shipped.is_file():
-            return shipped
-    raise MissingInputError(f"{path}: no such file")
+        if not given.is_absolute() and given.parts[:1] in (("recipes",), ("ds_configs",)) and (root / given).exists():
+            return root / given
+    return None
 
 
 def load_recipe(schema: type[R], path: str | Path, overrides: list[str] | None = None) -> R:

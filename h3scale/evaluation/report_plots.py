@@ -47,7 +47,7 @@ def draw(findings: Findings, folder: Path) -> dict[str, Picture]:
                 figure.savefig(folder / f"{name}.png", dpi=200, bbox_inches="tight", pad_inches=0.15)
                 heading.remove()  # in the page the title is text
                 figure._suptitle = None  # type: ignore[attr-defined]
-                pictures[name] = Picture(name, title, note, _svg(name, figure))
+                pictures[name] = Picture(name, title, note, svg_of(name, figure))
     return pictures
 
 
@@ -247,7 +247,7 @@ def _apart(values: Sequence[float], gap: float, top: float) -> list[float]:
     return places
 
 
-def _svg(name: str, figure: Figure) -> str:
+def svg_of(name: str, figure: Figure) -> str:
     """The figure as an SVG element without ids of other pictures, links or fonts of its own; colours by variable."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):

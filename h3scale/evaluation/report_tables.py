@@ -45,10 +45,10 @@ def heat_table(findings: Findings, rows: Sequence[tuple[str, bool, Mapping[str, 
         best = ' class="best"' if mean == min(means) and len(rows) > 1 else ""
         row = "".join(cells) + f"<td{best}>{mean:.3f}</td>"
         body.append(f'<tr{" class=main" if is_main else ""}><th scope="row">{shown_name(name)}</th>{row}</tr>')
-    return _table(_heads(findings), body, len(findings.alignments) + 1)
+    return plain_table(_heads(findings), body, len(findings.alignments) + 1)
 
 
-def _table(heads: str, body: Sequence[str], columns: int, kind: str = "") -> str:
+def plain_table(heads: str, body: Sequence[str], columns: int, kind: str = "") -> str:
     """A table whose rows become two lines on a phone: the row's name, then `columns` equal cells."""
     name = f' class="{kind}"' if kind else ""
     return f'<table{name} style="--columns:{columns}">{heads}<tbody>{"".join(body)}</tbody></table>'
@@ -103,7 +103,7 @@ def share_table(findings: Findings, rows: Mapping[str, Mapping[str, float]], fir
         mean = f"<td>{mean_of(shares.values()):.1%}</td>" if shares else "<td></td>"
         main = " class=main" if first_is_main and i == 0 else ""
         body.append(f'<tr{main}><th scope="row">{name}</th>{cells}{mean}</tr>')
-    return _table(_heads(findings), body, len(findings.alignments) + 1)
+    return plain_table(_heads(findings), body, len(findings.alignments) + 1)
 
 
 def _share_cell(share: float | None, colour: str) -> str:
@@ -134,7 +134,7 @@ def confusion(findings: Findings) -> str:
     return (
         f'<div class="card scroll"><h3>{right:,} of {total:,} records are placed right</h3><p class="note">Rows: what a record '
         f"is. Columns: what the routers take it for.</p>"
-        + _table(f"<thead><tr><th></th>{heads}</tr></thead>", body, len(rows), "matrix")
+        + plain_table(f"<thead><tr><th></th>{heads}</tr></thead>", body, len(rows), "matrix")
         + "</div>"
     )
 

@@ -1,0 +1,123 @@
+"""What a study says of its models in numbers: NLL, gain, balance, differences, with intervals.
+
+All models see the same resamples of the same items, so every number of two models is paired. Items with the same prompt are drawn
+together.
+
+Shape suffixes: A alignments, G groups of items with the same prompt, R one column as measured and then the resamples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from h3scale.errors import DataError
+from h3scale.evaluation.score import RESAMPLES, SEED, tail
+
+MISSING = 0.025  # of the resamples that have no number: with more, an interval would have no end
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value and its 95% interval; none where there is none."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+class Resampler:
+    """The items of a study's suite that have an NLL, drawn again and again, the same for every model."""
+
+    def __init__(self, first: Mapping[str, Any], alignments: Sequence[str], resamples: int = RESAMPLES):
+        self.asked = _asked(first)
+        self.alignments = list(alignments)
+        self.counts: dict[str, np.ndarray] = {}
+        self.tokens: dict[str, np.ndarray] = {}
+        for number, alignment in enumerate(alignments):
+            sums, tokens = _by_group(first, alignment)
+            if not len(sums):
+                raise DataError(
+                    f"suite {first['suite']}: no task of kind nll has records of '{alignment}' (a study compares by them)"
+                )
+            drawn = np.random.default_rng(SEED + number).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+            self.counts[alignment] = np.concatenate([np.ones((1, len(sums))), drawn])
+            self.tokens[alignment] = self.counts[alignment] @ tokens
+        self.num_groups = min(counts.shape[1] for counts in self.counts.values())
+
+    def nll(self, result: Mapping[str, Any]) -> np.ndarray:
+        """Nats per response token, (A, R). DataError (65) for a model that was asked something else."""
+        if _asked(result) != self.asked:
+            raise DataError("study: two models were not evaluated on the same items and tokens (works: an empty --out)")
+        return np.stack([self.counts[name] @ _by_group(result, name)[0] / self.tokens[name] for name in self.alignments])
+
+    def number(self, values_R: np.ndarray) -> Number:
+        """What was measured, with percentiles of the resamples, further out where there are few items."""
+        mean, drawn = float(values_R[0]), values_R[1:]
+        if not np.isfinite(mean):
+            return Number(None)
+        if np.isnan(drawn).mean() > MISSING:
+            return Number(mean)
+        share = tail(self.num_groups)
+        low, high = np.nanquantile(drawn, [share, 1 - share])
+        return Number(mean, float(low), float(high))
+
+
+def gains(nll_AR: np.ndarray, base_AR: np.ndarray, singles: Sequence[np.ndarray]) -> np.ndarray:
+    """(base - model) / (base - best single), (A, R): 0 is the base, 1 the best aligned model of that alignment.
+
+    The best single model is chosen as measured. Where it is no better than the base there is no gain to compare with: nan.
+    """
+    found = []
+    for at in range(len(nll_AR)):
+        best = min((single[at] for single in singles), key=lambda nll_R: float(nll_R[0]))
+        room_R = base_AR[at] - best
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(np.where(room_R > 0, (base_AR[at] - nll_AR[at]) / room_R, np.nan))
+    return np.stack(found)
+
+
+def balance(gains_AR: np.ndarray) -> np.ndarray:
+    """The least gain of all alignments, (R,): a model is as balanced as it is good at what it is worst at."""
+    return np.asarray(gains_AR.min(axis=0))
+
+
+def over_seeds(values: Sequence[float]) -> Number:
+    """The mean of one value a seed, with Student's 95% interval; from one seed nothing is known of others."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Number(mean)
+    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return Number(mean, mean - half, mean + half)
+
+
+def verdict(items: Number, seeds: Number) -> str:
+    """Of main less another, below 0 where main is better: what both intervals let one say ('better', 'worse', 'undecided')."""
+    known = [number for number in (items, seeds) if number.low is not None and number.high is not None]
+    if known and all(number.high < 0 for number in known):  # type: ignore[operator]
+        return "better"
+    if known and all(number.low > 0 for number in known):  # type: ignore[operator]
+        return "worse"
+    return "undecided"
+
+
+def _items(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(task, item) for task, items in result["items"].items() for item in items if "nll" in item]
+
+
+def _asked(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    return [(task, item["id"], item["group"], item["alignment"], item["tokens"]) for task, item in _items(result)]
+
+
+def _by_group(result: Mapping[str, Any], alignment: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of NLL and of tokens, (G,) each."""
+    sums: dict[Any, list[float]] = {}
+    for task, item in _items(result):
+        if item["alignment"] == alignment:
+            group = sums.setdefault((task, item["group"]), [0.0, 0.0])
+            group[0] += item["nll"]
+            group[1] += item["tokens"]
+    both = np.array(list(sums.values()), np.float64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]

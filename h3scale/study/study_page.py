@@ -16,7 +16,8 @@ from h3scale.study.tasks import GROUPS
 
 Results = Mapping[str, Any]
 SHEET = (
-    ".wide{overflow-x:auto}.wide table{font-size:14px}td.good{--tint:#1a9a72}td.bad{--tint:#d4622a}"
+    ".wide{overflow-x:auto}.wide table{font-size:14px}.wide :is(td,thead th){padding:6px}"
+    ".wide thead th{white-space:normal;min-width:76px;vertical-align:bottom}td.good{--tint:#1a9a72}td.bad{--tint:#d4622a}"
     ".dots{display:flex;flex-wrap:wrap;gap:2px 16px;font-size:13px;color:var(--muted);margin:0 0 12px}"
 )
 
@@ -59,11 +60,9 @@ def headline(results: Results) -> str:
     """What both intervals let one say of the main model."""
     verdicts = [model["paired"]["verdict"] for model in results["models"].values() if "paired" in model]
     counts = {word: verdicts.count(word) for word in ("better", "worse", "undecided")}
-    rest = [
-        f"{counts[word]} {text}" for word, text in (("worse", "are better than it"), ("undecided", "undecided")) if counts[word]
-    ]
     told = f"{results['main'].replace('_', ' ').capitalize()} is better than {counts['better']} of {len(verdicts)} models"
-    return f"{told}; {', '.join(rest)}" if rest else told
+    worse = [f"worse than {counts['worse']}"] if counts["worse"] else []
+    return ", ".join([told, *worse, *([f"{counts['undecided']} undecided"] if counts["undecided"] else [])])
 
 
 def _header(results: Results) -> str:
@@ -130,7 +129,9 @@ def _forests(results: Results) -> str:
 
 
 def _intervals_note(results: Results) -> str:
-    return escape(legend(results)[-1]) + " Of differences that are none, one in twenty looks like one."
+    many = len(results["seeds"]) > 1
+    words = "The words beside the bars go by the records alone, those of the table by the seeds too. " if many else ""
+    return f"{words}Of differences that are none, one in twenty looks like one."
 
 
 def _seeds(results: Results) -> str:

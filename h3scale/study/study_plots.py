@@ -111,14 +111,32 @@ def _pareto(results: Results) -> Made | None:
     axes.plot(
         [points[n][0] for n in edge], [points[n][1] for n in edge], color=MUTED, linewidth=1, drawstyle="steps-post", zorder=1
     )
-    for name in dict.fromkeys([*edge, *(n for n in best_of_groups(results).values() if n in points)]):
-        axes.annotate(name.replace("_", " "), points[name][:2], xytext=(6, 4), textcoords="offset points", fontsize=7.5,
-                      color=COLOURS[results["models"][name]["group"]], fontweight="bold")  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_plain)
+    axes.xaxis.set_minor_formatter(_plain)
+    _point_names(axes, results, {n: points[n][:2] for n in (*edge, *best_of_groups(results).values()) if n in points})
     axes.set_xlabel("seconds of training and making, after the base")
     axes.set_title("balance: the least gain", loc="left", color=MUTED, fontsize=9)
     note = "Up is balanced, left is cheap; the line joins models that no other beats in both. Bars: 95% intervals of the items."
     return "What balance costs", note, figure
+
+
+def _plain(value: float, place: int | None = None) -> str:
+    """Of a logarithmic axis the places that begin with 1, 2 or 5."""
+    return f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else ""
+
+
+def _point_names(axes: Any, results: Results, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names to the side of their points where there is room, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    before = {True: float("-inf"), False: float("-inf")}
+    for name, (cost, value) in sorted(points.items(), key=lambda entry: entry[1][1]):
+        is_right = cost > (left * right) ** 0.5
+        before[is_right] = max(value, before[is_right] + 0.07 * (high - low))
+        axes.annotate(name.replace("_", " "), (cost, before[is_right]), xytext=(-7 if is_right else 7, 2), va="bottom",
+                      textcoords="offset points", ha="right" if is_right else "left", fontsize=7.5, fontweight="bold",
+                      color=COLOURS[results["models"][name]["group"]])  # fmt: skip
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -12,6 +12,7 @@ from h3scale.config.base import load_recipe, load_yaml
 from h3scale.config.fuse import FuseRecipe
 from h3scale.config.merge import load_merge
 from h3scale.config.recipe import TokenizerRecipe, TrainRecipe
+from h3scale.config.study import load_study
 from h3scale.config.suite import Suite
 from h3scale.study.demo import ALIGNMENTS, Demo
 
@@ -34,6 +35,7 @@ VERBS = [
     "evaluate",
     "generate",
     "report",
+    "study",
 ]
 VERBS += ["checkpoint consolidate", "checkpoint verify", "checkpoint release"]
 
@@ -47,6 +49,8 @@ def h3scale(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     if path.parent.name == "suites":
         assert load_recipe(Suite, path)
+    elif path.parent.name == "study":
+        assert load_study(path, quick="quick" in load_yaml(path))
     elif "method" in load_yaml(path):
         assert load_merge(path, {}, [])[0].models
     else:
@@ -109,6 +113,9 @@ def test_help_does_not_wait_for_torch() -> None:
         (["merge"], 2, "merge: no models (works: MODEL MODEL --base BASE --method NAME --out DIR, or --recipe FILE)"),
         (["merge", "a", "a", "--base", "b", "--method", "ties", "--out", "o"], 78, "models.a (again): a is given twice, as a too"),
         (["merge", "a", "b", "--base", "c", "--method", "ties", "--out", "o", "density=2"], 78, "density: 2: Input should be less"),
+        (["study", "recipes/study/3h.yaml", "--quick"], 78, "recipes/study/3h.yaml: quick: is required by --quick"),
+        (["study", "recipes/study/builtin.yaml", "--out", "full"], 77, "full: not made by h3scale study"),
+        (["study", "recipes/study/3h.yaml", "--data", "nowhere"], 66, "nowhere/helpful.jsonl: no such file"),
         (["nonsense"], 2, "No such command"),
     ],
 )

@@ -84,6 +84,14 @@ def test_the_planted_optimum_is_found_within_the_budget(world: Path, tmp_path: P
     assert len(list(tmp_path.iterdir())) == 1  # one change, for all scalings
 
 
+def test_the_first_so_many_records_of_each_alignment_are_searched_on(world: Path, tmp_path: Path) -> None:
+    words = [str(world / label) for label in ALIGNMENTS] + ["--base", str(world / "base"), "--method", "linear", "--no-fsync"]
+    more = ["--records", str(world / "validation.jsonl"), "--records-per-alignment", "2", "--budget", "3"]
+    done = CliRunner().invoke(app, ["merge", *words, *more, "--search", str(tmp_path / "why"), "--out", str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "why" / "search.json").read_text())["records"] == 2 * len(ALIGNMENTS)
+
+
 def test_what_was_searched_is_what_is_merged(world: Path, tmp_path: Path) -> None:
     words = [str(world / label) for label in ALIGNMENTS] + ["--base", str(world / "base"), "--method", "ties"]
     more = ["--records", str(world / "validation.jsonl"), "--budget", "6", "--no-hashes", "--no-fsync", "--dtype", "bfloat16"]

@@ -1,0 +1,175 @@
+"""results.json, the table and the page of a study that was not run: two seeds of invented items."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from h3scale.checkpoint.shards import ModelFolder, write_json
+from h3scale.config.study import load_study
+from h3scale.study.ledger import Ledger
+from h3scale.study.outcome import assemble, parameters_of
+from h3scale.study.plan import plan_study
+from h3scale.study.study_page import headline, page
+from h3scale.study.study_plots import frontier
+from h3scale.study.study_table import markdown
+
+from .made_up import ALIGNMENTS, result
+
+LEVELS = {
+    "base": [3.0, 3.0, 3.0],
+    "helpful": [2.0, 3.2, 3.2],
+    "harmless": [3.2, 2.0, 3.2],
+    "honest": [3.2, 3.2, 2.0],
+    "mixture_balanced": [2.3, 2.3, 2.3],
+    "linear": [2.8, 2.8, 2.8],
+    "linear_searched": [2.7, 2.7, 2.7],
+    "fused": [2.2, 2.2, 2.2],
+    "ensemble": [2.6, 2.6, 2.6],
+}
+SEEDS = [3, 7]
+SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a study leaves, written by hand."""
+    out = tmp_path_factory.mktemp("study")
+    given = {"seeds": SEEDS, "merges": ["linear"], "search": {}, "resm": {}, "fusions": {"fused": {}}, "mixtures": ["balanced"]}
+    recipe = load_study("recipes/study/builtin.yaml", given=given)
+    plan, ledger = plan_study(recipe), Ledger(out)
+    for task in plan.tasks:
+        (out / task.makes[0]).parent.mkdir(parents=True, exist_ok=True)
+        ledger.end(task, "key", SECONDS)
+    for number, seed in enumerate(SEEDS):
+        for model in plan.models:
+            made = out / plan.task(f"seed-{seed}/scores/{model.group}").makes[0]
+            if not made.suffix:
+                made.mkdir(exist_ok=True)
+            levels = [level + 0.01 * number for level in LEVELS[model.name]]
+            value = {"suite": result(levels, seed=list(LEVELS).index(model.name))}
+            write_json(made if made.suffix else made / f"{model.name}.json", value)
+            folder = out / f"seed-{seed}/models/{model.name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text("{}")
+            save_file({"weight": torch.zeros(5, 7)}, folder / "model.safetensors")
+        pairs = [
+            {
+                "models": ["helpful", "harmless"],
+                "cosine": 0.1 + number,
+                "sign_conflict": None,
+                "overlap": 0.2,
+                "overlap_by_chance": 0.1,
+            }
+        ]
+        explained = out / f"seed-{seed}/explain"
+        explained.mkdir()
+        write_json(explained / "explain.json", {"whole": {"pairs": pairs}})
+    found = assemble(recipe, plan, ledger)
+    assert json.loads((out / "results.json").read_text()) == found
+    return found
+
+
+def nll_of(name: str, number: int) -> np.ndarray:
+    """By hand, from the items: an alignment a row."""
+    made = result([level + 0.01 * number for level in LEVELS[name]], seed=list(LEVELS).index(name))["items"]["known"]
+    groups = [[item for item in made if item["alignment"] == alignment] for alignment in ALIGNMENTS]
+    return np.array([sum(item["nll"] for item in group) / sum(item["tokens"] for item in group) for group in groups])
+
+
+def test_gain_and_balance_are_of_the_nll_averaged_over_the_seeds(results: dict[str, Any]) -> None:
+    mean = {name: (nll_of(name, 0) + nll_of(name, 1)) / 2 for name in LEVELS}
+    singles = np.min([mean[name] for name in ALIGNMENTS], axis=0)
+    for name in LEVELS:
+        gains = (mean["base"] - mean[name]) / (mean["base"] - singles)
+        found = results["models"][name]
+        assert [found["gain"][a]["mean"] for a in ALIGNMENTS] == pytest.approx(gains)
+        assert found["balance"]["mean"] == pytest.approx(gains.min())
+    assert results["models"]["base"]["balance"]["mean"] == 0
+    assert max(results["models"]["helpful"]["gain"][a]["mean"] for a in ALIGNMENTS) == 1
+
+
+def test_differences_are_paired_by_seed(results: dict[str, Any]) -> None:
+    each = [float((nll_of("fused", number) - nll_of("linear", number)).mean()) for number in range(len(SEEDS))]
+    paired = results["models"]["linear"]["paired"]
+    assert [paired["by_seed"][str(seed)] for seed in SEEDS] == pytest.approx(each)
+    assert paired["mean_nll"]["mean"] == paired["over_seeds"]["mean"] == pytest.approx(np.mean(each))
+    assert paired["verdict"] == "better"
+    assert "paired" not in results["models"]["fused"]
+
+
+def test_a_models_cost_is_that_of_all_it_is_made_of_after_the_base(results: dict[str, Any]) -> None:
+    models = results["models"]
+    assert (models["base"]["tokens"], models["base"]["train_s"]) == (0, 0)
+    assert (models["linear"]["train_s"], models["linear"]["make_s"]) == (3 * SECONDS, SECONDS)  # three aligned models, one merge
+    assert (models["fused"]["train_s"], models["fused"]["make_s"]) == (
+        4 * SECONDS,
+        2 * SECONDS,
+    )  # and its own training; fuse, consolidate
+    assert models["ensemble"]["parameters"] == {"total": 3 * 35, "active": 3 * 35}
+    assert models["mixture_balanced"]["same_tokens"]
+    assert not models["linear"]["same_tokens"]
+
+
+def test_the_map_of_conflict_is_each_aligned_model_less_the_base(results: dict[str, Any]) -> None:
+    change = np.mean([nll_of("helpful", n) - nll_of("base", n) for n in range(2)], axis=0)
+    assert [results["conflict"]["nll"]["helpful"][a]["mean"] for a in ALIGNMENTS] == pytest.approx(change)
+    assert results["conflict"]["pairs"][0]["cosine"] == pytest.approx(0.6)
+    assert results["conflict"]["pairs"][0]["sign_conflict"] is None
+
+
+def test_parameters_that_a_token_meets_leave_out_the_experts_it_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_local_experts": 4, "num_experts_per_tok": 2}))
+    experts = {f"layers.0.mlp.experts.{i}.w": torch.zeros(10) for i in range(4)}
+    save_file({**experts, "layers.0.attention": torch.zeros(7)}, tmp_path / "model.safetensors")
+    assert parameters_of(ModelFolder(tmp_path)) == (47, 27)
+
+
+def test_the_page_has_every_part_and_nothing_from_elsewhere(results: dict[str, Any]) -> None:
+    text = page(results)
+    parts = ["Who is balanced", "Is the difference real", "What aligning one does to the others", "Every number", "Other scores"]
+    assert re.findall("<h2>(.*?)</h2>", text) == parts
+    for name in ("What each model gains on each alignment", "What balance costs"):
+        assert f'aria-label="{name}"' in text
+    assert text.count("<svg") == 2
+    for name in LEVELS:
+        assert f"</i>{name.replace('_', ' ')}</th>" in text
+    assert not re.search(r"<script|<link|<img|https?://|src=", text)
+    assert headline(results) in text
+    assert "-0.0000" not in text
+
+
+def test_a_study_of_one_seed_that_says_nothing_of_balance_has_a_page(results: dict[str, Any]) -> None:
+    """No aligned model better than the base, no times known, no pairs: parts are left out, nothing fails."""
+    bare = json.loads(json.dumps(results))
+    bare["seeds"] = SEEDS[:1]
+    bare["conflict"]["pairs"] = []
+    for model in bare["models"].values():
+        none = {"mean": None, "low": None, "high": None}
+        model |= {"train_s": None, "balance": none, "mean_gain": none, "gain": dict.fromkeys(ALIGNMENTS, none), "scores": []}
+    text = page(bare)
+    assert "<svg" not in text
+    assert "Other scores" not in text
+    assert "one seed" in text
+    assert "| none |" in markdown(bare)
+
+
+def test_the_table_has_a_line_a_model_and_says_where_tokens_are_others(results: dict[str, Any]) -> None:
+    lines = [line for line in markdown(results).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(LEVELS)
+    assert len({line.count("|") for line in lines}) == 1
+    heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    rows = {row[0].strip().strip("*"): row for row in (line.strip("|").split("|") for line in lines[2:])}
+    assert rows["mixture_balanced"][heads.index("as many")].strip() == "yes"
+    assert rows["linear"][heads.index("as many")].strip() == "no"
+    assert rows["linear"][-1].strip() == "better"
+
+
+def test_the_frontier_leaves_out_what_another_beats_in_both() -> None:
+    points = {"cheap": (1.0, 0.2), "beaten": (2.0, 0.1), "good": (3.0, 0.9), "dear": (5.0, 0.9), "best": (9.0, 1.0)}
+    assert frontier(points) == ["cheap", "good", "best"]

@@ -1,0 +1,134 @@
+"""Carrying a study out: printed, once, stopped and gone on with, and nothing of anybody else's is deleted."""
+
+import io
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from h3scale.errors import H3Error, TakenError, UnsafeError
+from h3scale.study.estimate import STATED_S, duration, rates
+from h3scale.study.ledger import Entry, Ledger
+from h3scale.study.run import MARKER, claimed, run_plan, show_plan
+from h3scale.study.tasks import Plan, Task
+
+
+def task(name: str, needs: tuple[str, ...] = (), text: str = "x", also: str = "", work: float = 1) -> Task:
+    """A command that adds to a file of its name, and counts its runs in another."""
+    code = f"open('{name}','a').write('{text}'); open('{name}.runs','a').write('1'); {also}"
+    return Task(name, f"make {name}", [sys.executable, "-c", code], (name,), "merge", work, needs)
+
+
+def run(out: Path, *tasks: Task) -> str:
+    said = io.StringIO()
+    out.mkdir(exist_ok=True)
+    run_plan(Plan(list(tasks), []), out, Console(file=said, width=200, highlight=False))
+    return said.getvalue()
+
+
+def runs(out: Path, name: str) -> int:
+    return len((out / f"{name}.runs").read_text())
+
+
+def test_each_command_is_printed_and_a_finished_one_is_not_run_again(tmp_path: Path) -> None:
+    first = run(tmp_path, task("a"), task("b", ("a",)))
+    again = run(tmp_path, task("a"), task("b", ("a",)))
+    assert shlex.join(task("b").command) in first
+    assert again.count("there already") == 2
+    assert runs(tmp_path, "a") == runs(tmp_path, "b") == 1
+
+
+def test_a_changed_command_runs_again_with_what_needs_it_and_from_nothing(tmp_path: Path) -> None:
+    run(tmp_path, task("a"), task("b", ("a",)), task("c"))
+    run(tmp_path, task("a", text="y"), task("b", ("a",)), task("c"))
+    assert (tmp_path / "a").read_text() == "y", "the old result was added to"
+    assert [runs(tmp_path, name) for name in "abc"] == [2, 2, 1]
+
+
+def test_a_failure_has_its_exit_code_and_the_same_study_goes_on_there(tmp_path: Path) -> None:
+    with pytest.raises(H3Error, match="step 2 ended with exit code 65") as caught:
+        run(tmp_path, task("a"), task("b", ("a",), also="raise SystemExit(65)"), task("c", ("b",)))
+    assert caught.value.exit_code == 65
+    assert not (tmp_path / "c").exists()
+    run(tmp_path, task("a"), task("b", ("a",)), task("c", ("b",)))
+    assert runs(tmp_path, "a") == runs(tmp_path, "c") == 1
+
+
+def test_a_command_that_leaves_nothing_behind_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(H3Error, match="step 1 ended"):
+        run(tmp_path, Task("a", "make a", [sys.executable, "-c", ""], ("a",), "merge"))
+
+
+def test_what_was_whole_when_the_study_was_killed_is_not_made_again_and_its_time_is_not_known(tmp_path: Path) -> None:
+    run(tmp_path, task("a"))
+    ledger = Ledger(tmp_path)
+    before = ledger.entry(task("a"))
+    assert before is not None
+    assert before.took_s is not None
+    (tmp_path / "a").unlink()
+    ledger.begin(task("a"), before.key)
+    (tmp_path / "a").write_text("whole")
+    run(tmp_path, task("a"))
+    after = ledger.entry(task("a"))
+    assert runs(tmp_path, "a") == 1
+    assert after == Entry(before.key, "merge", 1, True, None)
+
+
+def test_what_a_killed_command_left_stays_for_the_same_and_goes_for_another(tmp_path: Path) -> None:
+    run(tmp_path, task("a"))
+    left = tmp_path / ".run-a"
+    left.mkdir()
+    (tmp_path / "a").unlink()
+    run(tmp_path, task("a"))
+    assert left.is_dir(), "a training run could not go on"
+    run(tmp_path, task("a", text="y"))
+    assert not left.exists()
+
+
+def test_a_second_result_does_not_outlive_the_first(tmp_path: Path) -> None:
+    """A search whose merge was cut off would refuse to write where it has written."""
+    code = "from pathlib import Path; Path('why').mkdir(); Path('model').write_text('x')"
+    searched = Task("a", "search", [sys.executable, "-c", code], ("model", "why"), "searched")
+    run(tmp_path, searched)
+    (tmp_path / "model").unlink()
+    run(tmp_path, searched)
+    assert (tmp_path / "model").exists()
+
+
+def test_a_folder_of_anybody_elses_is_refused_and_one_study_runs_in_it_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(UnsafeError, match="not made by h3scale study"), claimed(tmp_path / "mine"):
+        pass
+    with claimed(tmp_path / "study"):
+        assert (tmp_path / "study" / MARKER).is_file()
+        with pytest.raises(TakenError), claimed(tmp_path / "study"):
+            pass
+    with claimed(tmp_path / "study"):
+        pass
+
+
+def test_a_dry_run_says_what_is_left_and_how_long_and_writes_nothing(tmp_path: Path) -> None:
+    out, said = tmp_path / "study", io.StringIO()
+    tasks = [task("a"), task("b", ("a",), work=10)]
+    show_plan(Plan(tasks, []), out, Console(file=said, width=300, highlight=False))
+    assert not out.exists()
+    assert f"2 of 2 steps left, about {duration(11 * STATED_S['merge'])} (from stated rates" in said.getvalue()
+    run(out, tasks[0])
+    ledger = Ledger(out)
+    entry = ledger.entry(tasks[0])
+    assert entry is not None
+    ledger.end(tasks[0], entry.key, 30.0)
+    said.truncate(0)
+    show_plan(Plan(tasks, []), out, Console(file=said, width=300, highlight=False))
+    assert "1 of 2 steps left, about 5 min (measured here: merge" in said.getvalue()
+    assert "make a  [done]" in said.getvalue()
+
+
+def test_rates_are_measured_where_something_has_ended_and_work_counts() -> None:
+    known = rates([Entry("", "merge", 1, True, 10.0), Entry("", "merge", 3, True, 10.0), Entry("", "merge", 1, True, None)])
+    assert known["merge"] == 5.0
+    assert known["fuse"] == STATED_S["fuse"]
+    assert [duration(s) for s in (40, 700, 12_000)] == ["40 s", "12 min", "3 h 20 min"]

@@ -1,0 +1,91 @@
+"""Gain, balance and differences: by hand, and their intervals by simulation."""
+
+import numpy as np
+import pytest
+
+from h3scale.errors import DataError
+from h3scale.study.scores import Number, Resampler, balance, gains, over_seeds, verdict
+
+from .made_up import ALIGNMENTS, exact, result
+
+
+def gains_of(model: list[float], base: list[float], *singles: list[float]) -> np.ndarray:
+    resampler = Resampler(exact(base), ALIGNMENTS, resamples=20)
+    nll = [resampler.nll(exact(levels)) for levels in (model, base, *singles)]
+    return gains(nll[0], nll[1], nll[2:])
+
+
+def test_a_gain_is_the_share_of_what_the_best_aligned_model_gains_and_the_balance_is_the_least() -> None:
+    found = gains_of([2.5, 2.0, 3.5], [3.0, 3.0, 3.0], [2.0, 3.1, 3.1], [2.5, 1.0, 3.2], [3.3, 3.3, 2.0])
+    assert found[:, 0] == pytest.approx([0.5, 0.5, -0.5])  # of 1.0 from the first, 2.0 from the second, 1.0 from the third
+    assert balance(found)[0] == pytest.approx(-0.5)
+
+
+def test_where_no_aligned_model_is_better_than_the_base_there_is_no_gain_and_no_balance() -> None:
+    found = gains_of([2.5, 2.0, 3.5], [3.0, 3.0, 3.0], [2.0, 3.1, 2.9])
+    resampler = Resampler(exact([3.0, 3.0, 3.0]), ALIGNMENTS, resamples=20)
+    assert np.isnan(found[1]).all()
+    assert resampler.number(found[1]) == Number(None)
+    assert resampler.number(balance(found)) == Number(None)
+
+
+def test_an_interval_that_would_have_no_end_is_not_told() -> None:
+    resampler = Resampler(exact([1.0, 1.0, 1.0]), ALIGNMENTS, resamples=100)
+    values = np.linspace(0, 1, 101)
+    assert resampler.number(values).low is not None
+    values[5:10] = np.nan
+    assert resampler.number(values) == Number(0.0)
+
+
+def test_nll_is_the_sum_over_the_tokens_and_not_the_mean_over_the_items() -> None:
+    one = result([1.0, 2.0, 3.0])
+    items = [item for item in one["items"]["known"] if item["alignment"] == "honest"]
+    expected = sum(item["nll"] for item in items) / sum(item["tokens"] for item in items)
+    assert Resampler(one, ALIGNMENTS).nll(one)[2, 0] == pytest.approx(expected)
+
+
+def test_models_that_were_asked_something_else_are_not_compared() -> None:
+    resampler = Resampler(result([1.0, 2.0, 3.0]), ALIGNMENTS)
+    with pytest.raises(DataError, match="not evaluated on the same items"):
+        resampler.nll(result([1.0, 2.0, 3.0], num_items=38))
+    with pytest.raises(DataError, match="no task of kind nll has records of 'kind'"):
+        Resampler(result([1.0, 2.0, 3.0]), [*ALIGNMENTS, "kind"])
+
+
+def test_what_is_hard_for_both_cancels() -> None:
+    """Two models with the same noise on every item differ by a constant: the interval of the difference is a point."""
+    resampler = Resampler(result([2.0, 2.0, 2.0], seed=5), ALIGNMENTS)
+    one, other = (resampler.nll(result(levels, seed=5)) for levels in ([2.0, 2.0, 2.0], [2.1, 2.1, 2.1]))
+    alone, paired = resampler.number(one.mean(axis=0)), resampler.number((other - one).mean(axis=0))
+    assert alone.high is not None
+    assert alone.low is not None
+    assert alone.high - alone.low > 0.05
+    assert (paired.low, paired.mean, paired.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_an_interval_of_95_percent_holds_the_truth_in_about_95_of_100_studies() -> None:
+    truth, studies, held = -0.05, 200, 0
+    for seed in range(studies):
+        resampler = Resampler(result([2.0, 2.0, 2.0], num_items=120, seed=2 * seed), ALIGNMENTS, resamples=400)
+        one = resampler.nll(result([2.0, 2.0, 2.0], num_items=120, seed=2 * seed))
+        other = resampler.nll(result([2.05, 2.05, 2.05], num_items=120, seed=2 * seed + 1))
+        found = resampler.number((one - other).mean(axis=0))
+        assert found.low is not None
+        assert found.high is not None
+        held += found.low <= truth <= found.high
+    assert 0.90 <= held / studies <= 0.995  # three standard errors of 200 studies around 0.95
+
+
+def test_seeds_have_students_interval_and_one_seed_has_none() -> None:
+    values = [0.1, 0.4, 0.25]
+    found = over_seeds(values)
+    half = 4.302652729911275 * np.std(values, ddof=1) / np.sqrt(3)  # Student's t of two degrees of freedom
+    assert (found.low, found.high) == pytest.approx((0.25 - half, 0.25 + half))
+    assert over_seeds([0.3]) == Number(0.3)
+
+
+def test_nothing_is_better_that_only_one_of_the_two_intervals_says() -> None:
+    sure, unsure = Number(-1.0, -1.5, -0.5), Number(-1.0, -3.0, 1.0)
+    assert verdict(sure, sure) == verdict(sure, Number(-1.0)) == "better"
+    assert verdict(sure, unsure) == verdict(unsure, sure) == verdict(sure, Number(1.0, 0.5, 1.5)) == "undecided"
+    assert verdict(Number(1.0, 0.5, 1.5), Number(1.0)) == "worse"

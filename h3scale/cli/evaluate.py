@@ -97,8 +97,9 @@ def _evaluate_ensemble(
         raise UsageError("--ensemble: two models or more on a suite (works: A B C --ensemble --suite builtin --out FILE.json)")
     check_output(out, force)
     from h3scale.evaluation.ensemble import evaluate_ensemble
+    from h3scale.evaluation.suite import load_suite
 
-    results = {out.stem: {"suite": evaluate_ensemble(_load_suite(suite, data), list(models), experts)}}
+    results = {out.stem: {"suite": evaluate_ensemble(load_suite(suite, data), list(models), experts)}}
     _write(out, results, force)
     _show(results)
     print(f"\nresults: {out}   picture: {_picture(out, 1)}")

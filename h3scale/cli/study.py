@@ -28,6 +28,7 @@ def study(
     from rich.console import Console
 
     from h3scale.config.study import load_study
+    from h3scale.study.ledger import keys_of
     from h3scale.study.plan import plan_study
     from h3scale.study.run import claimed, run_plan, show_plan
 
@@ -38,8 +39,9 @@ def study(
     if dry_run:
         show_plan(plan, out, console)
         return
-    with claimed(out):
-        ledger = run_plan(plan, out, console)
+    keys = keys_of(plan)  # its findings come before the folder
+    with claimed(out) as lock:
+        ledger = run_plan(plan, keys, out, console, lock)
         from h3scale.study.outcome import assemble
         from h3scale.study.study_page import write_page
         from h3scale.study.study_table import show, write_table

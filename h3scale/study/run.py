@@ -2,15 +2,18 @@
 
 import fcntl
 import shlex
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
 from h3scale.errors import H3Error, OutputError, TakenError, UnsafeError
+from h3scale.launch.local import SIGNALS
 from h3scale.study.estimate import duration, estimate_s, rates
 from h3scale.study.ledger import Ledger, keys_of, states
 from h3scale.study.steps import executable
@@ -20,8 +23,8 @@ MARKER = ".h3scale-study"  # only in a folder that has it is anything ever delet
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """The study's folder, made where it is not there, for one study at a time.
+def claimed(out: Path) -> Iterator[int]:
+    """The study's folder, made where it is not there, for one study at a time; gives the lock, for the commands to hold too.
 
     UnsafeError (77) for a folder with something else in it, TakenError (73) where another study runs, OutputError (73).
     """
@@ -38,7 +41,7 @@ def claimed(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise TakenError(f"{out}: another study runs there (works: wait for it, or another --out)") from None
-        yield
+        yield lock.fileno()
 
 
 def show_plan(plan: Plan, out: Path, console: Console) -> None:
@@ -60,9 +63,12 @@ def show_plan(plan: Plan, out: Path, console: Console) -> None:
     _say(console, f"\n{len(left)} of {len(plan.tasks)} steps left, about {total} ({of_what})", "bold")
 
 
-def run_plan(plan: Plan, out: Path, console: Console) -> Ledger:
-    """Runs what is not done. Raises the failed command's exit code as an H3Error; what is finished stays."""
-    ledger, keys = Ledger(out), keys_of(plan)
+def run_plan(plan: Plan, keys: Mapping[str, str], out: Path, console: Console, lock: int | None = None) -> Ledger:
+    """Runs what is not done, by `keys_of`. Raises the failed command's exit code as an H3Error; what is finished stays.
+
+    A command holds the `lock` as well: where the study alone was killed, another one waits for what it had started.
+    """
+    ledger = Ledger(out)
     _say(console, f"$ cd {shlex.quote(str(out.resolve()))}", "dim")
     for number, task in enumerate(plan.tasks, start=1):
         entry = ledger.entry(task)
@@ -74,17 +80,20 @@ def run_plan(plan: Plan, out: Path, console: Console) -> Ledger:
             _say(console, f"there already: {task.makes[0]}", "dim")
             continue
         ledger.begin(task, keys[task.name])
-        took_s = _run(task, number, out)
+        took_s = _run(task, number, out, lock)
         ledger.end(task, keys[task.name], took_s)
         _say(console, f"{took_s:.0f} s", "dim")
     return ledger
 
 
-def _run(task: Task, number: int, out: Path) -> float:
+def _run(task: Task, number: int, out: Path, lock: int | None) -> float:
     for made in task.makes:
         (out / made).parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    code = subprocess.run(executable(task.command), cwd=out, check=False).returncode
+    # Not of the terminal's group: Ctrl-C would come from there and from here, and the second one ends a training run unsaved.
+    held = () if lock is None else (lock,)
+    with subprocess.Popen(executable(task.command), cwd=out, process_group=0, pass_fds=held) as process, _forwarding(process):
+        code = process.wait()
     if code or not (out / task.makes[0]).exists():
         code = code or 70
         failure = H3Error(
@@ -93,6 +102,22 @@ def _run(task: Task, number: int, out: Path) -> float:
         failure.exit_code = code if code > 0 else 128 - code
         raise failure
     return time.monotonic() - began
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Signals that ask the study to end go to its command, which may take its time to save."""
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say(console: Console, text: str, style: str) -> None:

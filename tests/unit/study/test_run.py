@@ -2,15 +2,19 @@
 
 import io
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from h3scale.errors import H3Error, TakenError, UnsafeError
-from h3scale.study.estimate import STATED_S, duration, rates
-from h3scale.study.ledger import Entry, Ledger
+from h3scale.study.estimate import START_S, STATED_S, duration, rates
+from h3scale.study.ledger import Entry, Ledger, keys_of
 from h3scale.study.run import MARKER, claimed, run_plan, show_plan
 from h3scale.study.tasks import Plan, Task
 
@@ -24,7 +28,8 @@ def task(name: str, needs: tuple[str, ...] = (), text: str = "x", also: str = ""
 def run(out: Path, *tasks: Task) -> str:
     said = io.StringIO()
     out.mkdir(exist_ok=True)
-    run_plan(Plan(list(tasks), []), out, Console(file=said, width=200, highlight=False))
+    plan = Plan(list(tasks), [])
+    run_plan(plan, keys_of(plan), out, Console(file=said, width=200, highlight=False))
     return said.getvalue()
 
 
@@ -110,17 +115,70 @@ def test_a_folder_of_anybody_elses_is_refused_and_one_study_runs_in_it_at_a_time
         pass
 
 
+STARTED = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from h3scale.errors import H3Error
+from h3scale.study.ledger import keys_of
+from h3scale.study.run import claimed, run_plan
+from h3scale.study.tasks import Plan, Task
+
+code = sys.argv[2]
+try:
+    with claimed(Path(sys.argv[1])) as lock:
+        plan = Plan([Task("a", "wait", [sys.executable, "-c", code], ("a",), "merge")], [])
+        run_plan(plan, keys_of(plan), Path(sys.argv[1]), Console(), lock)
+except H3Error as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+WAITS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); open('up', 'w'); time.sleep(60)"
+
+
+def started(out: Path) -> subprocess.Popen[str]:
+    """A study whose one command waits, and saves when it is asked to end; given when the command runs."""
+    process = subprocess.Popen([sys.executable, "-c", STARTED, str(out), WAITS], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "up").exists():
+        time.sleep(0.02)
+    assert process.poll() is None
+    return process
+
+
+def test_a_signal_reaches_the_command_whose_exit_code_is_given(tmp_path: Path) -> None:
+    study = started(tmp_path / "study")
+    study.send_signal(signal.SIGTERM)
+    said, _ = study.communicate(timeout=60)
+    assert study.returncode == 75
+    assert "the same h3scale study goes on here" in said
+
+
+def test_a_command_that_outlives_its_study_keeps_others_out(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    study = started(out)
+    command = psutil.Process(study.pid).children()[0]
+    study.kill()
+    study.wait()
+    with pytest.raises(TakenError), claimed(out):
+        pass
+    command.terminate()
+    psutil.wait_procs([command], timeout=60)
+    study.communicate()
+    with claimed(out):
+        pass
+
+
 def test_a_dry_run_says_what_is_left_and_how_long_and_writes_nothing(tmp_path: Path) -> None:
     out, said = tmp_path / "study", io.StringIO()
     tasks = [task("a"), task("b", ("a",), work=10)]
     show_plan(Plan(tasks, []), out, Console(file=said, width=300, highlight=False))
     assert not out.exists()
-    assert f"2 of 2 steps left, about {duration(11 * STATED_S['merge'])} (from stated rates" in said.getvalue()
+    assert f"2 of 2 steps left, about {duration(2 * START_S + 11 * STATED_S['merge'])} (from stated rates" in said.getvalue()
     run(out, tasks[0])
     ledger = Ledger(out)
     entry = ledger.entry(tasks[0])
     assert entry is not None
-    ledger.end(tasks[0], entry.key, 30.0)
+    ledger.end(tasks[0], entry.key, START_S + 30)
     said.truncate(0)
     show_plan(Plan(tasks, []), out, Console(file=said, width=300, highlight=False))
     assert "1 of 2 steps left, about 5 min (measured here: merge" in said.getvalue()
@@ -128,7 +186,9 @@ def test_a_dry_run_says_what_is_left_and_how_long_and_writes_nothing(tmp_path: P
 
 
 def test_rates_are_measured_where_something_has_ended_and_work_counts() -> None:
-    known = rates([Entry("", "merge", 1, True, 10.0), Entry("", "merge", 3, True, 10.0), Entry("", "merge", 1, True, None)])
+    known = rates(
+        [Entry("", "merge", 1, True, START_S + 5), Entry("", "merge", 3, True, START_S + 15), Entry("", "merge", 1, True)]
+    )
     assert known["merge"] == 5.0
     assert known["fuse"] == STATED_S["fuse"]
     assert [duration(s) for s in (40, 700, 12_000)] == ["40 s", "12 min", "3 h 20 min"]

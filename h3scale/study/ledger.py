@@ -18,7 +18,8 @@ from h3scale.errors import MissingInputError
 from h3scale.study.tasks import Plan, Task
 
 FOLDER = "steps"
-_BESIDE = (".run-{}", ".partial-{}-*", ".trash-{}-*", "{}.scored", ".{}.*")  # what a command that was cut off leaves
+# What a command that was cut off leaves beside its result: training, merging and consolidating, all else, evaluating.
+_BESIDE = (".run-{}", ".partial-{}", ".partial-{}.journal", ".partial-{}-*", ".trash-{}-*", "{}.scored")
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,15 @@ def test_what_was_whole_when_the_study_was_killed_is_not_made_again_and_its_time
 
 def test_what_a_killed_command_left_stays_for_the_same_and_goes_for_another(tmp_path: Path) -> None:
     run(tmp_path, task("a"))
-    left = tmp_path / ".run-a"
-    left.mkdir()
+    left, others = [tmp_path / name for name in (".run-a", ".partial-a", ".partial-a-0a1b", "a.scored")], tmp_path / ".partial-ab"
+    for folder in (*left, others):
+        folder.mkdir()
     (tmp_path / "a").unlink()
     run(tmp_path, task("a"))
-    assert left.is_dir(), "a training run could not go on"
+    assert all(folder.is_dir() for folder in left), "a training run could not go on"
     run(tmp_path, task("a", text="y"))
-    assert not left.exists()
+    assert not any(folder.exists() for folder in left)
+    assert others.is_dir()
 
 
 def test_a_second_result_does_not_outlive_the_first(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from h3scale.config.study import StudyRecipe, load_study
 from h3scale.errors import ConfigError, MissingInputError
 from h3scale.study import ledger
 from h3scale.study.ledger import keys_of
-from h3scale.study.plan import plan_study
+from h3scale.study.plan import TEST, TRAIN, VALIDATION, plan_study
 from h3scale.study.tasks import FUSION, MERGE, MIXTURE, RESM, SEARCHED, Plan
 from tests.conftest import ROOT
 
@@ -67,11 +67,16 @@ def test_each_task_comes_after_what_it_needs_and_makes_what_no_other_does(whole:
     assert len(known) == len(whole.tasks)
 
 
-def test_training_and_searching_never_see_the_test_records(whole: Plan) -> None:
-    for task in whole.tasks:
-        reads = [word for word in task.command if "heldout.jsonl" in word]
-        if task.name not in ("data", "split") and "/scores/" not in task.name:
-            assert all("data/heldout.jsonl" not in word or word.startswith("data.hygiene.heldout=") for word in reads), task.command
+@pytest.mark.parametrize("recipes", ["recipes/demo", "recipes/demo-data"])
+def test_training_and_searching_never_see_the_test_records(recipes: str) -> None:
+    for task in plan_study(load_study(SHIPPED, given={"recipes": recipes, "seeds": [0]})).tasks:
+        words = [word for word in task.command if TEST in word and not word.startswith("data.hygiene.heldout=")]
+        assert not words, task.command
+        if task.tokens:
+            recipe = load_recipe(TrainRecipe, task.command[2], task.command[3:])
+            assert [source.path for source in recipe.data.records] == [TRAIN]
+            assert recipe.data.hygiene.heldout in ([], [TEST, VALIDATION])
+            assert bool(recipe.data.hygiene.heldout) == (recipes == "recipes/demo-data"), "what is written in the recipe was left"
 
 
 def test_every_training_command_is_one_that_the_recipe_takes_and_seeds_differ(whole: Plan) -> None:

@@ -92,6 +92,14 @@ def save(model, tokenizer, folder):
 THREE = ExpertMap(("helpful", "harmless", "honest"), ("helpful", "harmless", "honest", None))
 
 
+def save_models(tokenizer, folder):
+    """Two dense models and a fused one, as folders."""
+    save(make_dense(tokenizer, 1), tokenizer, folder / "base")
+    save(make_dense(tokenizer, 2), tokenizer, folder / "other")
+    save(make_moe(tokenizer, THREE), tokenizer, folder / "fused")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()

@@ -21,7 +21,7 @@ from h3scale.evaluation.run_suite import evaluate_suite
 from h3scale.evaluation.score import score
 from h3scale.evaluation.suite import SHIPPED, Unit, load_suite, score_suite, work_of
 
-from .conftest import THREE, WORDS, make_dense, make_moe, make_records, save
+from .conftest import THREE, WORDS, make_dense, make_records, save, save_models
 from .fake import fake_out
 from .test_verbs import run
 
@@ -40,10 +40,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("suite")
-    save(make_dense(tokenizer, 1), tokenizer, folder / "base")
-    save(make_dense(tokenizer, 2), tokenizer, folder / "other")
-    save(make_moe(tokenizer, THREE), tokenizer, folder / "fused")
+    folder = save_models(tokenizer, tmp_path_factory.mktemp("suite"))
     (folder / "data").mkdir()
     write_records(folder / "data" / "records.jsonl", make_records(THREE.alignments, 16))
     questions = [

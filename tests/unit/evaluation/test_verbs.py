@@ -13,16 +13,13 @@ from h3scale.cli.report import report
 from h3scale.data.records import write_records
 from h3scale.errors import DataError, H3Error, MissingInputError, OutputError, UsageError
 
-from .conftest import THREE, make_dense, make_moe, make_records, save
+from .conftest import THREE, make_dense, make_records, save, save_models
 from .fake import fake_out
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("verbs")
-    save(make_dense(tokenizer, 1), tokenizer, folder / "base")
-    save(make_dense(tokenizer, 2), tokenizer, folder / "other")
-    save(make_moe(tokenizer, THREE), tokenizer, folder / "fused")
+    folder = save_models(tokenizer, tmp_path_factory.mktemp("verbs"))
     write_records(folder / "heldout.jsonl", make_records(THREE.alignments))
     write_records(folder / "train.jsonl", make_records(THREE.alignments, seed=1))
     return folder

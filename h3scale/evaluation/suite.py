@@ -7,12 +7,10 @@ same bits whichever process scores it, and whatever was done before.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from h3scale.config.base import checked, find, load_yaml
-from h3scale.config.suite import Suite, Task
+from h3scale.config.suite import Suite, Task, find_suite
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.items import Item, drawn, read_items
 from h3scale.data.records import Record, split_by_instruction
@@ -24,7 +22,6 @@ from h3scale.evaluation.score import Route, longest, sum_nll
 
 UNIT_ITEMS = 32
 FORMAT = 1  # of what a unit's numbers mean
-SHIPPED = {"3h": "recipes/suites/3h.yaml", "builtin": str(files("h3scale.data") / "records_builtin" / "suite.yaml")}
 
 
 @dataclass(frozen=True)
@@ -57,10 +54,7 @@ def load_suite(suite: str | Path, data: str | Path | None = None) -> LoadedSuite
 
     Raises MissingInputError (66), ConfigError (78) and DataError (65), all findings of the files together.
     """
-    if str(suite) not in SHIPPED and not Path(suite).is_file():
-        raise MissingInputError(f"--suite {suite}: no such file (works: {', '.join(SHIPPED)}, or a YAML file)")
-    path = find(SHIPPED.get(str(suite), suite))
-    loaded = checked(Suite, load_yaml(path), str(suite))
+    path, loaded = find_suite(suite)
     folder = Path(data) if data is not None else path.parent
     asked: dict[str, list[Item] | list[Record]] = {}
     problems: list[H3Error] = []
@@ -72,7 +66,7 @@ def load_suite(suite: str | Path, data: str | Path | None = None) -> LoadedSuite
     if problems:
         findings = list(dict.fromkeys(finding for error in problems for finding in error.findings))
         if data is None and all(isinstance(error, MissingInputError) for error in problems):
-            findings.append(f"--suite {suite}: its files are looked for in {folder} (works: --data FOLDER)")
+            findings.append(f"suite {suite}: its files are looked for in {folder} (works: --data FOLDER)")
         raise type(problems[0])(findings)
     return LoadedSuite(loaded, asked)
 
@@ -147,6 +141,9 @@ def _read(path: Path, task: Task, seed: int) -> list[Item] | list[Record]:
         records = split_by_instruction(records, task.heldout_share, seed)[1]
     if not records:
         raise DataError(f"{path}: no record is held out at share {task.heldout_share} and seed {seed}")
+    records = [record for record in records if not any(text.lower() in record.source.lower() for text in task.exclude_source)]
+    if not records:
+        raise DataError(f"{path}: every record is of a source that exclude_source names: {', '.join(task.exclude_source)}")
     return drawn(records, [record.id for record in records], task.limit, seed)
 
 

@@ -17,10 +17,10 @@ from h3scale.config.merge import OPTIONS
 from h3scale.config.recipe import TokenizerRecipe, TrainRecipe
 from h3scale.config.study import Fusion, StudyRecipe, options_of
 from h3scale.errors import ConfigError
+from h3scale.study.scored import Scored
 from h3scale.study.tasks import ENSEMBLE, FUSION, MERGE, MIXTURE, RESM, SEARCHED, SINGLE, Model, Plan, Task
 
 TRAIN, VALIDATION, TEST = "split/train.jsonl", "split/heldout.jsonl", "data/heldout.jsonl"
-SPLIT_SEED = 1  # not the first split's: the same seed would hold out nothing more
 SEEDS_APART = 100  # between the seeds of a recipe in two seeds of a study
 SHARED = ("split", "tokenizer")  # tasks that every seed begins with
 WHOLE = "_whole"
@@ -28,8 +28,9 @@ WHOLE = "_whole"
 
 def plan_study(recipe: StudyRecipe) -> Plan:
     """The tasks of a study. ConfigError (78) with what is wrong in the recipes it names, MissingInputError (66) without them."""
-    tasks = _shared(recipe)
-    seeds = [_Seed(recipe, seed) for seed in recipe.seeds]
+    scored = Scored.of(recipe)
+    tasks = _shared(recipe, scored)
+    seeds = [_Seed(recipe, scored, seed) for seed in recipe.seeds]
     models: list[Model] = []
     for seed in seeds:
         tasks += seed.tasks()
@@ -41,19 +42,19 @@ def plan_study(recipe: StudyRecipe) -> Plan:
     return Plan(tasks, models)
 
 
-def _shared(recipe: StudyRecipe) -> list[Task]:
+def _shared(recipe: StudyRecipe, scored: Scored) -> list[Task]:
+    share, seed = scored.split or (None, 0)
     files: tuple[Path, ...] = ()
     if recipe.data is None:
         data = ["h3scale", "data", "builtin", "data"]
     else:
         folder = Path(recipe.data).resolve()
         named = f"--alignments={','.join(recipe.alignments)}"
-        data, files = (
-            ["h3scale", "data", "split", str(folder), "data", named],
-            tuple(folder / f"{a}.jsonl" for a in recipe.alignments),
-        )
+        data = ["h3scale", "data", "split", str(folder), "data", named]
+        data += [] if share is None else [f"--heldout-share={share:g}", f"--seed={seed}"]
+        files = tuple(folder / f"{a}.jsonl" for a in recipe.alignments)
     split = ["h3scale", "data", "split", "data/train.jsonl", "split", f"--alignments={','.join(recipe.alignments)}"]
-    split += [f"--heldout-share={recipe.validation_share:g}", f"--seed={SPLIT_SEED}"]
+    split += [f"--heldout-share={recipe.validation_share:g}", f"--seed={seed + 1}"]  # by the first's there is nothing more
     path = recipe.path("tokenizer")
     load_recipe(TokenizerRecipe, path)
     words = [path, f"records=[{TRAIN}]", "out=tokenizer"]
@@ -80,6 +81,7 @@ class _Seed:
     """The tasks of one seed; `models` are what they make."""
 
     recipe: StudyRecipe
+    scored: Scored
     seed: int
     models: list[Model] = field(default_factory=list)
     made: list[Task] = field(default_factory=list)
@@ -188,16 +190,14 @@ class _Seed:
     def _evaluate(self, group: str) -> None:
         names = [model.name for model in self.models if model.group == group]
         out = self._at(f"scores/{group}") + ("" if len(names) > 1 else ".json")
-        command = ["h3scale", "evaluate", *map(self._model, names), *self._suite(), "--out", out]
-        self._add(
-            f"scores/{group}", f"Evaluate: {group}", command, (out,), "evaluate", len(names), names, files=self._suite_files()
-        )
+        command = ["h3scale", "evaluate", *map(self._model, names), *self.scored.words, "--out", out]
+        self._add(f"scores/{group}", f"Evaluate: {group}", command, (out,), "evaluate", len(names), names, files=self.scored.files)
 
     def _ensemble(self) -> None:
         out, needs = self._at("scores/ensemble.json"), self.recipe.alignments
-        command = ["h3scale", "evaluate", *map(self._model, needs), "--ensemble", *self._suite(), "--out", out]
+        command = ["h3scale", "evaluate", *map(self._model, needs), "--ensemble", *self.scored.words, "--out", out]
         why = "Evaluate: the aligned models together, the mean of their logits"
-        self._add("scores/ensemble", why, command, (out,), "evaluate", len(needs), needs, files=self._suite_files())
+        self._add("scores/ensemble", why, command, (out,), "evaluate", len(needs), needs, files=self.scored.files)
         self.models.append(Model("ensemble", ENSEMBLE))
 
     def _train(self, name: str, group: str, file: str, why: str, needs: list[str], *words: str, is_cost: bool = True) -> None:
@@ -217,7 +217,7 @@ class _Seed:
             "data.prepared=prepared",
         ]
         if written.data.hygiene.heldout:  # left alone where sentences are all alike
-            given.append(f"data.hygiene.heldout=[{TEST}, {VALIDATION}]")
+            given.append(f"data.hygiene.heldout={_flow([TEST, VALIDATION, *self.scored.others])}")
         checked = load_recipe(TrainRecipe, path, [*given, *words])
         tokens = checked.steps * checked.data.rows_per_batch * checked.data.sequence_length
         verb = "align" if checked.alignment else "train"
@@ -242,16 +242,6 @@ class _Seed:
         all_needs = (*SHARED, *map(self._at, needs))
         why = f"{why} (seed {self.seed})" if len(self.recipe.seeds) > 1 else why
         self.made.append(Task(self._at(name), why, command, makes, kind, work, all_needs, **more))
-
-    def _suite(self) -> list[str]:
-        folder = self.recipe.suite_data or self.recipe.data
-        return ["--suite", self.recipe.suite, *(["--data", str(Path(folder).resolve())] if folder else [])]
-
-    def _suite_files(self) -> tuple[Path, ...]:
-        suite = Path(self.recipe.suite)
-        folder = self.recipe.suite_data or self.recipe.data
-        files = sorted(Path(folder).resolve().glob("*.jsonl")) if folder else []
-        return (*([suite.resolve()] if suite.is_file() else []), *files)
 
     def _at(self, path: str) -> str:
         """The name of a task of this seed, or the place of what it makes."""

@@ -9,6 +9,7 @@ import pytest
 
 from h3scale.cli.evaluate import evaluate
 from h3scale.cli.report import report
+from h3scale.config.suite import SHIPPED
 from h3scale.data.builtin import builtin_records
 from h3scale.data.encode import encode_records
 from h3scale.data.records import split_by_instruction, write_records
@@ -19,7 +20,7 @@ from h3scale.evaluation.journal import Journal
 from h3scale.evaluation.report import report as write_report
 from h3scale.evaluation.run_suite import evaluate_suite
 from h3scale.evaluation.score import score
-from h3scale.evaluation.suite import SHIPPED, Unit, load_suite, score_suite, work_of
+from h3scale.evaluation.suite import Unit, load_suite, score_suite, work_of
 
 from .conftest import THREE, WORDS, make_dense, make_records, save, save_models
 from .fake import fake_out

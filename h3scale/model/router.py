@@ -1,9 +1,10 @@
 """The router's mathematics, from its logits alone: no hooks in training, one forced route for measuring.
 
-Shape suffixes: T tokens, L layers, E experts, A alignments. `router_logits` are raw (before any softmax).
+Shape suffixes: T tokens, L layers, E experts, A alignments. Router logits are raw (before any softmax), of any dtype, and
+taken as fp32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,31 +35,29 @@ def alignment_log_probs(router_logits_TE: Tensor, member_AE: Tensor) -> Tensor:
     return by_alignment - labelled
 
 
-def router_loss_sum(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor) -> Tensor:
+def router_loss_sum(logits_LTE: Tensor, labels_T: Tensor, votes_T: Tensor, member_AE: Tensor) -> Tensor:
     """Sum over the voting tokens, mean over the layers, of -log p(the token's alignment); a scalar.
 
-    Args: router_logits: one (T, E) tensor a layer; labels_T: alignment ids (any value where votes_T is False);
-    votes_T: which tokens count, bool. The caller divides by the votes of the whole global batch.
+    Args: labels_T: alignment ids (any value where votes_T is False); votes_T: which tokens count, bool. The caller divides by
+    the votes of the whole global batch.
     Differs from the published code: log-probabilities, each layer supervised by itself, no padding, labels from records.
     """
-    logits_LTE = _stacked(router_logits)
+    logits_LTE = logits_LTE.float()
     labelled_LT = logits_LTE.masked_fill(~member_AE.any(0), LOWEST).logsumexp(-1)
     own_LT = _own_logits(logits_LTE, labels_T, member_AE).logsumexp(-1)
     return ((labelled_LT - own_LT) * votes_T).sum() / len(logits_LTE)
 
 
-def z_loss_sum(router_logits: Sequence[Tensor], votes_T: Tensor) -> Tensor:
+def z_loss_sum(logits_LTE: Tensor, votes_T: Tensor) -> Tensor:
     """Sum over the voting tokens, mean over the layers, of logsumexp(router logits)^2, a scalar (ST-MoE, equation 5).
 
     Keeps logits small, where low precision is finer. All experts enter, the general ones as well. Padding does not
     (it does in ST-MoE), and the caller divides by the votes of the whole global batch.
     """
-    return (_stacked(router_logits).logsumexp(-1).square() * votes_T).sum() / len(router_logits)
+    return (logits_LTE.float().logsumexp(-1).square() * votes_T).sum() / len(logits_LTE)
 
 
-def balance_loss_sum(
-    router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, shares_LE: Tensor
-) -> Tensor:
+def balance_loss_sum(logits_LTE: Tensor, labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, shares_LE: Tensor) -> Tensor:
     """Sum over the voting tokens, mean over the layers, of n * sum_e f_e p_e over the n experts of a token's own alignment.
 
     p is the softmax over these experts; f, `shares_LE`, is how an earlier batch was shared out among them. 1 where that was
@@ -68,23 +67,17 @@ def balance_loss_sum(
     is split. With f fixed beforehand every split gives the same loss and gradient.
     """
     sizes_T = member_AE.sum(-1)[labels_T.clamp_min(0)]
-    probs_LTE = _own_logits(_stacked(router_logits), labels_T, member_AE).softmax(-1)
+    probs_LTE = _own_logits(logits_LTE.float(), labels_T, member_AE).softmax(-1)
     kept_LT = (probs_LTE * shares_LE.float().unsqueeze(1)).sum(-1)
-    return (sizes_T * kept_LT * votes_T).sum() / len(router_logits)
+    return (sizes_T * kept_LT * votes_T).sum() / len(logits_LTE)
 
 
 @torch.no_grad()
-def first_choices(router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor) -> Tensor:
+def first_choices(logits_LTE: Tensor, labels_T: Tensor, votes_T: Tensor, member_AE: Tensor) -> Tensor:
     """How many voting tokens have each expert as the best of their own alignment's, (L, E) float64."""
-    logits_LTE = _stacked(router_logits)
-    best_LT = _own_logits(logits_LTE, labels_T, member_AE).argmax(-1)
+    best_LT = _own_logits(logits_LTE.float(), labels_T, member_AE).argmax(-1)
     counts_LE = torch.zeros(len(logits_LTE), logits_LTE.shape[-1], dtype=torch.float64, device=best_LT.device)
     return counts_LE.scatter_add_(1, best_LT, votes_T.double().expand_as(best_LT))
-
-
-def _stacked(router_logits: Sequence[Tensor]) -> Tensor:
-    """All layers' logits in one fp32 tensor, (L, T, E): few kernels instead of some for each layer."""
-    return torch.stack(tuple(router_logits)).float()
 
 
 def _own_logits(logits_LTE: Tensor, labels_T: Tensor, member_AE: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Load balancing among the experts of one alignment. Shape suffixes: L layers, T tokens, E experts, A alignments."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,7 +7,6 @@ from torch import Tensor
 from h3scale.config.recipe import RouterLoss
 from h3scale.errors import ConfigError
 from h3scale.model.experts import ExpertMap
-from h3scale.model.router import first_choices
 
 
 class Balance:
@@ -26,9 +23,9 @@ class Balance:
         self.before_LE = self.shares_LE
         self.chosen_LE = torch.zeros_like(self.shares_LE)
 
-    def add(self, router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor) -> None:
-        """Counts the first choices of one micro-batch."""
-        self.chosen_LE += first_choices(router_logits, labels_T, votes_T, self.member_AE)
+    def add(self, chosen_LE: Tensor) -> None:
+        """Counts the first choices of one micro-batch (model.router.first_choices)."""
+        self.chosen_LE += chosen_LE
 
     def close_step(self) -> None:
         """Makes the shares of the next step. One all-reduce of L x E numbers: every rank calls this."""

@@ -4,7 +4,6 @@ The loader knows these counts, so there is no collective here, and 1 rank x 8 mi
 Shape suffixes: B rows, S tokens a row, T = B x S, L layers, E experts, A alignments, V vocabulary.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from h3scale.config.recipe import RouterLoss
 from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
-from h3scale.model.router import balance_loss_sum, router_loss_sum, z_loss_sum
 from h3scale.train.balance import Balance
-from h3scale.train.routing import routing_sums
+from h3scale.train.router_terms import router_terms
 from h3scale.train.token_nll import token_nll
 
-ROLES_OF_VOTE = {"prompt": (PROMPT,), "response": (RESPONSE,), "both": (PROMPT, RESPONSE)}
+ROLE_OF_VOTE = {"prompt": PROMPT, "response": RESPONSE}
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,13 @@ def compute_losses(
     total = lm / counts.targets
     if member_AE is not None:
         labels_T, votes_T = batch.alignment_ids.flatten(), votes(batch, recipe.vote)
-        for name, weight, term in _router_terms(output.router_logits, labels_T, votes_T, member_AE, recipe, balance):
-            sums[name] = term.detach()
-            if weight > 0:
-                total = total + weight * term / counts.votes
-        if balance:
-            balance.add(output.router_logits, labels_T, votes_T)
-        sums.update(routing_sums(output.router_logits, labels_T, votes_T, member_AE, engine.module.config.num_experts_per_tok))
+        top_k = engine.module.config.num_experts_per_tok
+        shares_LE = balance.shares_LE if balance else None
+        terms = router_terms(output.router_logits, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
+        total = torch.add(total, terms.loss, alpha=1 / counts.votes)
+        sums |= terms.sums
+        if balance and terms.first_choices_LE is not None:
+            balance.add(terms.first_choices_LE)
     return Losses(total * parts, sums)
 
 
@@ -83,28 +81,7 @@ def _lm(logits: Tensor, batch: Batch, alignments: list[str]) -> tuple[Tensor, di
     return lm, sums
 
 
-def _router_terms(
-    router_logits: tuple[Tensor, ...],
-    labels_T: Tensor,
-    votes_T: Tensor,
-    member_AE: Tensor,
-    recipe: RouterLoss,
-    balance: Balance | None,
-) -> Iterator[tuple[str, float, Tensor]]:
-    """Name, weight and sum over this micro-batch of each loss on the router's logits."""
-    yield "router", recipe.loss_weight, router_loss_sum(router_logits, labels_T, votes_T, member_AE)
-    with torch.set_grad_enabled(recipe.z_weight > 0 and torch.is_grad_enabled()):
-        z = z_loss_sum(router_logits, votes_T)
-    yield "router_z", recipe.z_weight, z
-    if balance:
-        shares_LE = balance.shares_LE
-        yield "router_balance", recipe.balance_weight, balance_loss_sum(router_logits, labels_T, votes_T, member_AE, shares_LE)
-
-
 def votes(batch: Batch, vote: str) -> Tensor:
     """Which tokens vote on the route, (T,) bool; padding never does."""
     roles_T = batch.roles.flatten()
-    chosen_T = torch.zeros_like(roles_T, dtype=torch.bool)
-    for role in ROLES_OF_VOTE[vote]:
-        chosen_T |= roles_T == role
-    return chosen_T & (roles_T != PADDING)
+    return roles_T != PADDING if vote == "both" else roles_T == ROLE_OF_VOTE[vote]

@@ -1,27 +1,94 @@
-"""What is counted about the routing of a micro-batch, on the device and without a wait.
+"""The router's losses of a micro-batch and what is counted about its routing, on the device and without a wait.
 
 Shape suffixes: T tokens, L layers, E experts, K experts a token takes, A alignments.
 """
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from h3scale.model.router import alignment_log_probs
+from h3scale.config.recipe import RouterLoss
+from h3scale.model.router import alignment_log_probs, balance_loss_sum, first_choices, router_loss_sum, z_loss_sum
+
+
+@dataclass(frozen=True)
+class RouterTerms:
+    """Sums over a micro-batch. `loss`: the router's losses times their weights, to be differentiated. `sums`: for the log.
+
+    `first_choices_LE`: how many voting tokens have each expert as the best of their alignment's; None where nothing is balanced.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    first_choices_LE: Tensor | None
+
+
+def router_terms(
+    router_logits: Sequence[Tensor],
+    labels_T: Tensor,
+    votes_T: Tensor,
+    member_AE: Tensor,
+    recipe: RouterLoss,
+    top_k: int,
+    shares_LE: Tensor | None,
+) -> RouterTerms:
+    """From the router's logits of every layer, (T, E) each: on a GPU by one kernel (train.router_kernel), else by torch.
+
+    `shares_LE`: how an earlier batch was shared out (train.balance), None where nothing is balanced.
+    """
+    logits_LTE = torch.stack(tuple(router_logits))
+    if logits_LTE.is_cuda and has_triton():
+        from h3scale.train.router_kernel import fused_terms
+
+        return fused_terms(logits_LTE, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
+    return plain_terms(logits_LTE, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
+
+
+def plain_terms(
+    logits_LTE: Tensor,
+    labels_T: Tensor,
+    votes_T: Tensor,
+    member_AE: Tensor,
+    recipe: RouterLoss,
+    top_k: int,
+    shares_LE: Tensor | None,
+) -> RouterTerms:
+    """The same by torch's own operations."""
+    logits_LTE = logits_LTE.float()
+    loss, sums = logits_LTE.new_zeros(()), {}
+    for name, weight, term in _losses(logits_LTE, labels_T, votes_T, member_AE, recipe, shares_LE):
+        sums[name] = term.detach()
+        if weight > 0:
+            loss = loss + weight * term
+    sums |= routing_sums(logits_LTE, labels_T, votes_T, member_AE, top_k)
+    chosen_LE = None if shares_LE is None else first_choices(logits_LTE, labels_T, votes_T, member_AE)
+    return RouterTerms(loss, sums, chosen_LE)
+
+
+def _losses(
+    logits_LTE: Tensor, labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, recipe: RouterLoss, shares_LE: Tensor | None
+) -> Iterator[tuple[str, float, Tensor]]:
+    """Name, weight and sum over this micro-batch of each loss on the router's logits."""
+    yield "router", recipe.loss_weight, router_loss_sum(logits_LTE, labels_T, votes_T, member_AE)
+    with torch.set_grad_enabled(recipe.z_weight > 0 and torch.is_grad_enabled()):
+        z = z_loss_sum(logits_LTE, votes_T)
+    yield "router_z", recipe.z_weight, z
+    if shares_LE is not None:
+        yield "router_balance", recipe.balance_weight, balance_loss_sum(logits_LTE, labels_T, votes_T, member_AE, shares_LE)
 
 
 @torch.no_grad()
-def routing_sums(
-    router_logits: Sequence[Tensor], labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, top_k: int
-) -> dict[str, Tensor]:
+def routing_sums(logits_LTE: Tensor, labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, top_k: int) -> dict[str, Tensor]:
     """Sums over this micro-batch's tokens, to be added over micro-batches and ranks.
 
     votes_A: tokens that vote. routed_A: of these the right ones, whose log-probabilities summed over layers favour their
     own alignment. router_A: router loss of the votes, mean over layers. tokens_per_expert_LE: the prompt and response tokens
     that each expert takes; padding (label -1) is routed too, but no record's.
     """
-    logits_LTE = torch.stack(tuple(router_logits)).float()
     log_probs_LTA = alignment_log_probs(logits_LTE, member_AE)
     alignment_ids_A = torch.arange(len(member_AE), device=labels_T.device)
     mine_TA = (labels_T.unsqueeze(-1) == alignment_ids_A) & votes_T.unsqueeze(-1)
@@ -35,3 +102,9 @@ def routing_sums(
         "router_A": -(log_probs_LTA.mean(0) * mine_TA).sum(0),
         "tokens_per_expert_LE": counts_LE.scatter_add_(1, chosen_LTK.flatten(1), real_LTK.flatten(1)),
     }
+
+
+@cache
+def has_triton() -> bool:
+    """torch for GPUs brings it."""
+    return importlib.util.find_spec("triton") is not None

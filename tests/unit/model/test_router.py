@@ -28,7 +28,7 @@ MAPS = [TWO, THREE, PAIRS, FIVE]
 def random_logits(expert_map, num_tokens=7, num_layers=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (num_layers, num_tokens, expert_map.num_experts)
-    return list(2 * torch.randn(shape, generator=generator))
+    return 2 * torch.randn(shape, generator=generator)
 
 
 def labels_for(expert_map, num_tokens=7):
@@ -49,7 +49,7 @@ def test_log_probs_are_a_softmax_over_the_labelled_experts_summed_by_alignment(e
 def test_perfect_routing_costs_nothing(expert_map):
     labels_T = labels_for(expert_map)
     perfect_TE = 80.0 * membership_AE(expert_map)[labels_T].float()
-    loss = router_loss_sum([perfect_TE] * 2, labels_T, torch.ones(7, dtype=torch.bool), membership_AE(expert_map))
+    loss = router_loss_sum(torch.stack([perfect_TE] * 2), labels_T, torch.ones(7, dtype=torch.bool), membership_AE(expert_map))
     assert 0 <= loss.item() < 1e-6
 
 
@@ -57,7 +57,7 @@ def test_perfect_routing_costs_nothing(expert_map):
 def test_uniform_routing_costs_the_log_of_the_number_of_alignments(expert_map):
     uniform_TE = torch.full((7, expert_map.num_experts), 0.3)
     votes_T = torch.ones(7, dtype=torch.bool)
-    loss = router_loss_sum([uniform_TE] * 2, labels_for(expert_map), votes_T, membership_AE(expert_map))
+    loss = router_loss_sum(torch.stack([uniform_TE] * 2), labels_for(expert_map), votes_T, membership_AE(expert_map))
     assert loss.item() / 7 == pytest.approx(math.log(len(expert_map.alignments)), abs=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_a_layer_that_errs_is_not_made_good_by_another():
     labels_T = torch.zeros(1, dtype=torch.long)
     right, wrong = torch.tensor([[20.0, 0.0]]), torch.tensor([[0.0, 20.0]])
     votes_T = torch.ones(1, dtype=torch.bool)
-    loss = router_loss_sum([right, wrong], labels_T, votes_T, membership_AE(TWO))
+    loss = router_loss_sum(torch.stack([right, wrong]), labels_T, votes_T, membership_AE(TWO))
     assert loss.item() == pytest.approx(10.0, abs=1e-4)
 
 
@@ -73,15 +73,14 @@ def test_a_layer_that_errs_is_not_made_good_by_another():
 def test_general_experts_are_neither_rewarded_nor_pushed_away(expert_map):
     logits = [logits_TE.requires_grad_() for logits_TE in random_logits(expert_map)]
     labels_T, votes_T = labels_for(expert_map), torch.ones(7, dtype=torch.bool)
-    loss = router_loss_sum(logits, labels_T, votes_T, membership_AE(expert_map))
+    loss = router_loss_sum(torch.stack(logits), labels_T, votes_T, membership_AE(expert_map))
     loss.backward()
     general = [i for i in range(expert_map.num_experts) if i not in expert_map.labelled]
     for logits_TE in logits:
         assert logits_TE.grad[:, general].abs().max() == 0
         assert logits_TE.grad[:, expert_map.labelled].abs().min() > 0
-    moved = [logits_TE.detach().clone() for logits_TE in logits]
-    for logits_TE in moved:
-        logits_TE[:, general] += 30
+    moved = torch.stack(logits).detach()
+    moved[:, :, general] += 30
     assert router_loss_sum(moved, labels_T, votes_T, membership_AE(expert_map)).item() == loss.item()
 
 
@@ -89,11 +88,11 @@ def test_padding_never_votes():
     member_AE, labels_T = membership_AE(THREE), labels_for(THREE)
     votes_T = torch.tensor([True, True, False, True, False, False, True])
     logits = [logits_TE.requires_grad_() for logits_TE in random_logits(THREE)]
-    loss = router_loss_sum(logits, labels_T, votes_T, member_AE)
+    loss = router_loss_sum(torch.stack(logits), labels_T, votes_T, member_AE)
     loss.backward()
     for logits_TE in logits:
         assert logits_TE.grad[~votes_T].abs().max() == 0
-    kept = [logits_TE.detach()[votes_T] for logits_TE in logits]
+    kept = torch.stack(logits).detach()[:, votes_T]
     alone = router_loss_sum(kept, labels_T[votes_T], torch.ones(4, dtype=torch.bool), member_AE)
     assert loss.item() == pytest.approx(alone.item(), rel=1e-6)
 
@@ -102,7 +101,7 @@ def test_padding_may_carry_any_label_and_any_logit():
     member_AE, labels_T = membership_AE(THREE), labels_for(THREE)
     logits, votes_T = random_logits(THREE), torch.ones(7, dtype=torch.bool)
     wanted = router_loss_sum(logits, labels_T, votes_T, member_AE)
-    padded = [torch.cat([logits_TE, torch.full((5, 4), 1e4)]) for logits_TE in logits]
+    padded = torch.cat([logits, torch.full((3, 5, 4), 1e4)], dim=1)
     labels_T = torch.cat([labels_T, torch.full((5,), -1)])
     votes_T = torch.cat([votes_T, torch.zeros(5, dtype=torch.bool)])
     assert router_loss_sum(padded, labels_T, votes_T, member_AE).item() == pytest.approx(wanted.item(), rel=1e-6)
@@ -149,8 +148,8 @@ def test_the_z_loss_is_the_squared_logsumexp_of_voting_tokens_averaged_over_laye
 
 
 def test_the_z_loss_keeps_low_precision_out():
-    logits, votes_T = [x.to(torch.bfloat16) for x in random_logits(THREE)], torch.ones(7, dtype=torch.bool)
-    assert z_loss_sum(logits, votes_T).item() == z_loss_sum([x.float() for x in logits], votes_T).item()
+    logits, votes_T = random_logits(THREE).to(torch.bfloat16), torch.ones(7, dtype=torch.bool)
+    assert z_loss_sum(logits, votes_T).item() == z_loss_sum(logits.float(), votes_T).item()
 
 
 def even_shares(expert_map, num_layers=3):
@@ -162,7 +161,9 @@ def even_shares(expert_map, num_layers=3):
 def test_balance_costs_one_and_pushes_nowhere_where_the_last_batch_was_even(expert_map):
     logits = [x.requires_grad_() for x in random_logits(expert_map)]
     votes_T = torch.ones(7, dtype=torch.bool)
-    loss = balance_loss_sum(logits, labels_for(expert_map), votes_T, membership_AE(expert_map), even_shares(expert_map))
+    loss = balance_loss_sum(
+        torch.stack(logits), labels_for(expert_map), votes_T, membership_AE(expert_map), even_shares(expert_map)
+    )
     loss.backward()
     assert loss.item() / 7 == pytest.approx(1, abs=1e-6)
     assert max(x.grad.abs().max().item() for x in logits) < 1e-6
@@ -172,7 +173,7 @@ def test_balance_lowers_the_expert_that_had_too_much_of_its_own_alignment_and_no
     logits = [x.requires_grad_() for x in random_logits(PAIRS)]  # experts b, a, general, a, b
     labels_T, votes_T = labels_for(PAIRS), torch.tensor([True] * 6 + [False])
     shares_LE = torch.tensor([[0.5, 0.9, 0.0, 0.1, 0.5]] * 3)
-    balance_loss_sum(logits, labels_T, votes_T, membership_AE(PAIRS), shares_LE).backward()
+    balance_loss_sum(torch.stack(logits), labels_T, votes_T, membership_AE(PAIRS), shares_LE).backward()
     is_a_T = (labels_T == 0) & votes_T
     for logits_TE in logits:
         assert (logits_TE.grad[is_a_T, 1] > 0).all()

@@ -7,7 +7,7 @@ import torch
 from h3scale.model.experts import ExpertMap
 from h3scale.model.router import membership_AE
 from h3scale.train.metrics import expert_load
-from h3scale.train.routing import routing_sums
+from h3scale.train.router_terms import routing_sums
 
 MAP = ExpertMap(("helpful", "harmless"), ("helpful", "harmless", None, "harmless"))
 TOP_K = 2
@@ -36,7 +36,7 @@ def test_sums_are_those_of_a_loop_over_tokens_and_layers() -> None:
         if votes_T[t]:
             votes[label] += 1
             right[label] += int(total.argmax().item() == label)
-    sums = routing_sums(tuple(logits_LTE), labels_T, votes_T, membership_AE(MAP), TOP_K)
+    sums = routing_sums(logits_LTE, labels_T, votes_T, membership_AE(MAP), TOP_K)
     assert sums["votes_A"].tolist() == [votes[0], votes[1]]
     assert sums["routed_A"].tolist() == [right[0], right[1]]
     torch.testing.assert_close(sums["router_A"], torch.tensor([loss[0], loss[1]]))

@@ -57,7 +57,7 @@ def compute_losses(
     lm, sums = _lm(output.logits, batch, alignments)
     total = lm / counts.targets
     if member_AE is not None:
-        labels_T, votes_T = batch.alignment_ids.flatten(), votes(batch, recipe.vote)
+        labels_T, votes_T = batch.alignment_ids.flatten(), votes_of(batch.roles.flatten(), recipe.vote)
         top_k = engine.module.config.num_experts_per_tok
         shares_LE = balance.shares_LE if balance else None
         terms = router_terms(output.router_logits, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
@@ -81,7 +81,6 @@ def _lm(logits: Tensor, batch: Batch, alignments: list[str]) -> tuple[Tensor, di
     return lm, sums
 
 
-def votes(batch: Batch, vote: str) -> Tensor:
+def votes_of(roles_T: Tensor, vote: str) -> Tensor:
     """Which tokens vote on the route, (T,) bool; padding never does."""
-    roles_T = batch.roles.flatten()
     return roles_T != PADDING if vote == "both" else roles_T == ROLE_OF_VOTE[vote]

@@ -57,9 +57,12 @@ class Metrics:
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Adds the sums of one micro-batch, tensors of any shape; they stay on their device."""
-        for name, value in sums.items():
-            value = value.detach().to(self.device, torch.float64)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        values = {name: value.detach().to(self.device, torch.float64) for name, value in sums.items()}
+        known = [name for name in values if name in self.sums]
+        if known:  # all by one kernel
+            added = torch._foreach_add([self.sums[name] for name in known], [values[name] for name in known])
+            values |= zip(known, added, strict=True)
+        self.sums |= values
 
     def close_step(
         self, step: int, targets: float, votes: int, tokens: int, extra: dict[str, Any], flops: int = 0

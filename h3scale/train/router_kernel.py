@@ -89,10 +89,13 @@ class _Fused(torch.autograd.Function):
         ctx.dtype = logits_LTE.dtype
         ctx.save_for_backward(gradient_LTE)
         ctx.mark_non_differentiable(found)
+        ctx.set_materialize_grads(False)
         return found[0].float(), found
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        if outer[0] is None:
+            return (None,) * 7
         (gradient_LTE,) = ctx.saved_tensors
         scaled_LTE = torch.empty_like(gradient_LTE, dtype=ctx.dtype)
         torch.mul(gradient_LTE, outer[0], out=scaled_LTE)

@@ -20,7 +20,7 @@ from h3scale.model.experts import ExpertMap
 from h3scale.model.flops import attended_pairs, training_flops
 from h3scale.model.router import alignment_log_probs, membership_AE
 from h3scale.model.start import load_model, load_tokenizer
-from h3scale.train.loss import votes
+from h3scale.train.loss import votes_of
 from h3scale.train.metrics import expert_load
 from tests.distributed.test_train import EXPERTS, make_world
 
@@ -55,7 +55,7 @@ def expected(world: Path) -> dict[str, float]:
     rows = loader.batch(0).rows
     batch = collate(rows, tokens, recipe.data.sequence_length, tokenizer.pad_token_id)
     output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_router_logits=True)
-    labels, voting = batch.alignment_ids.flatten(), votes(batch, recipe.router.vote)
+    labels, voting = batch.alignment_ids.flatten(), votes_of(batch.roles.flatten(), recipe.router.vote)
     logits = torch.stack(output.router_logits)
     chosen = F.one_hot(logits.topk(model.config.num_experts_per_tok, dim=-1).indices, len(EXPERTS)).sum(-2)
     found = expert_load(chosen[:, labels >= 0].sum(1).double(), expert_map.names())

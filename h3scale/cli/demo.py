@@ -29,8 +29,8 @@ def demo(
 
     from h3scale.errors import ConfigError, MissingInputError, OutputError, UnsafeError, UsageError
     from h3scale.study.demo import ALIGNMENTS, Demo
-    from h3scale.study.results import show
-    from h3scale.study.steps import Runner
+    from h3scale.study.demo_results import show
+    from h3scale.study.demo_steps import Runner
 
     if data and quick:
         raise UsageError("--quick uses the built-in records (works: --quick, or --data DIR)")

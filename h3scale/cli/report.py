@@ -14,7 +14,7 @@ def report(out: Out) -> None:
     Example: h3scale report demo-out
     """
     from h3scale.evaluation.report import report as write_report
-    from h3scale.study.results import assemble
+    from h3scale.study.demo_results import assemble
 
     if (out / "evaluation" / "fused.json").is_file():
         assemble(out)

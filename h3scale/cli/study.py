@@ -15,6 +15,7 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder for everything the study makes.")] = Path("study-out"),
     quick: Annotated[bool, typer.Option("--quick", help="With the recipe's section `quick`: the way, not the numbers.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print all commands with estimated times, and run nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Even where --out is of another study: what differs goes.")] = False,
     data: Data = None,
     seed: Seed = None,
 ) -> None:
@@ -27,6 +28,7 @@ def study(
     """
     from rich.console import Console
 
+    from h3scale.config.base import find
     from h3scale.config.study import load_study
     from h3scale.study.ledger import keys_of
     from h3scale.study.plan import plan_study
@@ -40,7 +42,8 @@ def study(
         show_plan(plan, out, console)
         return
     keys = keys_of(plan)  # its findings come before the folder
-    with claimed(out) as lock:
+    of = " ".join([str(find(recipe).resolve()), *(["--quick"] if quick else []), *([f"--data {data.resolve()}"] if data else [])])
+    with claimed(out, of, force) as lock:
         ledger = run_plan(plan, keys, out, console, lock)
         from h3scale.study.outcome import assemble
         from h3scale.study.study_page import write_page

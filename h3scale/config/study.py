@@ -59,7 +59,7 @@ class StudyRecipe(Strict):
         0.02,
         gt=0,
         lt=1,
-        description="Of the training instructions, kept from training for the searches; 64 records must come of it.",
+        description="Of the training instructions, kept from training for the searches, which take records_per_alignment at most.",
     )
     seeds: list[Annotated[int, Field(ge=0)]] = Field(
         default=[0],
@@ -99,6 +99,10 @@ class StudyRecipe(Strict):
         description="Mixtures of experts by name.",
     )
     main: str = Field("fused", description="The fusion that all others are set against.")
+    compare: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        default=[],
+        description="What else is asked: pairs of models, the first less the second. RESM's variants are set against resm anyway.",
+    )
     ensemble: bool = Field(True, description="The aligned models together, each token asked of all: what merging is cheaper than.")
 
     @field_validator("merges")

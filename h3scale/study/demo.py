@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from h3scale.study.steps import Step
+from h3scale.study.demo_steps import Step
 
 ALIGNMENTS = ("helpful", "harmless", "honest")
 SINGLE = ("base", *ALIGNMENTS, "mixture")

@@ -28,7 +28,9 @@ def rates(entries: Sequence[Entry]) -> dict[str, float]:
     found = dict(STATED_S)
     for kind in STATED_S:
         measured = [
-            (max(entry.took_s - START_S, 0.0), entry.work) for entry in entries if entry.kind == kind and entry.took_s is not None
+            (max(entry.took_s - START_S, 0.0), entry.work)
+            for entry in entries
+            if entry.kind == kind and entry.done and entry.took_s is not None
         ]
         if measured:
             found[kind] = sum(took for took, _ in measured) / sum(work for _, work in measured)

@@ -16,6 +16,7 @@ from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.config.base import find, load_yaml
 from h3scale.errors import MissingInputError
 from h3scale.study.tasks import Plan, Task
+from h3scale.versions import versions
 
 FOLDER = "steps"
 # What a command that was cut off leaves beside its result: training, merging and consolidating, all else, evaluating.
@@ -24,13 +25,17 @@ _BESIDE = (".run-{}", ".partial-{}", ".partial-{}.journal", ".partial-{}-*", ".t
 
 @dataclass(frozen=True)
 class Entry:
-    """A task that was started, and how long it took if it ended (none: that is not known)."""
+    """A task that was started. `took_s`: how long it took if it ended, or until it was stopped; none where nobody lived to say.
+
+    `code`: which h3scale ran it.
+    """
 
     key: str
     kind: str
     work: float
     done: bool = False
     took_s: float | None = None
+    code: str | None = None
 
 
 def keys_of(plan: Plan) -> dict[str, str]:
@@ -76,9 +81,14 @@ class Ledger:
             remove(self.out / made, with_leftovers=not is_same)
         self._write(task, Entry(key, task.kind, task.work))
 
-    def end(self, task: Task, key: str, took_s: float | None) -> None:
-        """Notes that it is done."""
-        self._write(task, Entry(key, task.kind, task.work, True, took_s))
+    def spent_s(self, task: Task, key: str) -> float | None:
+        """What has gone into it that is to be gone on with; none where that is not known."""
+        entry = self.entry(task)
+        return entry.took_s if entry is not None and entry.key == key and not entry.done else 0.0
+
+    def end(self, task: Task, key: str, took_s: float | None, done: bool = True) -> None:
+        """Notes that it is done, or stopped."""
+        self._write(task, Entry(key, task.kind, task.work, done, took_s, versions()["h3scale"]))
 
     def _write(self, task: Task, entry: Entry) -> None:
         self.folder.mkdir(exist_ok=True)

@@ -9,10 +9,10 @@ import numpy as np
 from h3scale import __version__
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.config.study import StudyRecipe
-from h3scale.evaluation.measures import HIGHER_IS_BETTER
+from h3scale.evaluation.measures import HIGHER_IS_BETTER, summarise_items
 from h3scale.study.conflict import conflicts
 from h3scale.study.ledger import Ledger
-from h3scale.study.scores import Number, Resampler, balance, gains, over_seeds, verdict
+from h3scale.study.scores import Number, Resampler, gains, over_seeds, verdict
 from h3scale.study.tasks import ENSEMBLE, Model, Plan, Task
 
 Results = dict[int, dict[str, dict[str, Any]]]  # by seed and model
@@ -27,7 +27,7 @@ def assemble(recipe: StudyRecipe, plan: Plan, ledger: Ledger) -> dict[str, Any]:
     costs = {model.name: _cost(recipe, plan, ledger, model) for model in plan.models}
     models = {}
     for model in plan.models:
-        scores = _other_scores([found[seed][model.name] for seed in recipe.seeds])
+        scores = other_scores([found[seed][model.name] for seed in recipe.seeds])
         same = costs[model.name]["tokens"] == costs[recipe.main]["tokens"]
         models[model.name] = {
             "group": model.group,
@@ -44,6 +44,8 @@ def assemble(recipe: StudyRecipe, plan: Plan, ledger: Ledger) -> dict[str, Any]:
         "seeds": recipe.seeds,
         "main": recipe.main,
         "models": models,
+        "comparisons": [{"one": one, "other": other, **compared.pair(one, other)} for one, other in plan.compare],
+        "code": sorted({entry.code for entry in ledger.entries() if entry.done and entry.code}),
         "conflict": conflicts(recipe, resampler, nll, ledger.out),
         "notes": list(dict.fromkeys(note for each in found.values() for result in each.values() for note in result["notes"])),
     }
@@ -75,30 +77,37 @@ class _Compared:
             "mean_nll": asdict(self.resampler.number(self.mean[name].mean(axis=0))),
             "gain": self._numbers(gains_AR),
             "mean_gain": asdict(self.resampler.number(gains_AR.mean(axis=0))),
-            "balance": asdict(self.resampler.number(balance(gains_AR))),
+            "balance": asdict(self.resampler.least(gains_AR)),
             "by_seed": by_seed,
-            **({} if name == self.recipe.main else {"paired": self._paired(name)}),
+            **({} if name == self.recipe.main else {"paired": self.pair(self.recipe.main, name)}),
         }
+
+    def pair(self, one: str, other: str) -> dict[str, Any]:
+        """One model less another on the same resamples and, over the seeds, from the same base: mean NLL and balance."""
+        differences = (self.nll[one] - self.nll[other]).mean(axis=1)  # seeds, R
+        items, seeds = self.resampler.number(differences.mean(axis=0)), over_seeds(differences[:, 0].tolist())
+        balance = self.resampler.least_less(self._gains(self.mean, one), self._gains(self.mean, other))
+        balances = [self._balance(one, at) - self._balance(other, at) for at in range(len(self.recipe.seeds))]
+        balance_seeds = over_seeds(balances) if np.isfinite(balances).all() else Number(None)
+        return {
+            "mean_nll": asdict(items),
+            "over_seeds": asdict(seeds),
+            "by_seed": dict(zip(map(str, self.recipe.seeds), differences[:, 0].tolist(), strict=True)),
+            "verdict": verdict(items, seeds),
+            "balance": asdict(balance),
+            "balance_over_seeds": asdict(balance_seeds),
+            "balance_verdict": verdict(balance, balance_seeds, higher_is_better=True),
+        }
+
+    def _balance(self, name: str, at: int) -> float:
+        """Of one seed."""
+        return float(self._gains({other: each[at] for other, each in self.nll.items()}, name)[:, 0].min())
 
     def _gains(self, nll: Mapping[str, np.ndarray], name: str) -> np.ndarray:
         return gains(nll[name], nll["base"], [nll[alignment] for alignment in self.recipe.alignments])
 
     def _numbers(self, values_AR: np.ndarray) -> dict[str, Any]:
         return {a: asdict(self.resampler.number(values_R)) for a, values_R in zip(self.recipe.alignments, values_AR, strict=True)}
-
-    def _paired(self, name: str) -> dict[str, Any]:
-        """Mean NLL of the main model less this one's, on the same resamples and, over the seeds, from the same base."""
-        differences = (self.nll[self.recipe.main] - self.nll[name]).mean(axis=1)  # seeds, R
-        items = self.resampler.number(differences.mean(axis=0))
-        seeds = over_seeds(differences[:, 0].tolist())
-        least = balance(self._gains(self.mean, self.recipe.main)) - balance(self._gains(self.mean, name))
-        return {
-            "mean_nll": asdict(items),
-            "over_seeds": asdict(seeds),
-            "by_seed": dict(zip(map(str, self.recipe.seeds), differences[:, 0].tolist(), strict=True)),
-            "verdict": verdict(items, seeds),
-            "balance": asdict(self.resampler.number(least)),
-        }
 
 
 def _read(recipe: StudyRecipe, plan: Plan, ledger: Ledger) -> Results:
@@ -157,15 +166,21 @@ def parameters_of(folder: ModelFolder) -> tuple[int, int]:
     return total, total - experts + experts * int(config["num_experts_per_tok"]) // int(num_experts)
 
 
-def _other_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds of the suite's scores that are no NLL, with the interval of the items where there is one seed."""
+def other_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The suite's scores that are no NLL, of one model with several seeds: each item's number is averaged over them first, and
+    `low` and `high` are of the items; `over_seeds` has Student's interval."""
     found = []
     for place, score in enumerate(results[0]["scores"]):
         if score["metric"] != "nll":
+            task, metric = score["task"], score["metric"]
+            columns = zip(*(result["items"][task] for result in results), strict=True)
+            averaged = [
+                {**items[0], metric: float(np.mean([item[metric] for item in items]))} for items in columns if metric in items[0]
+            ]
+            mine = next(s for s in summarise_items(task, averaged) if (s["metric"], s["alignment"]) == (metric, score["alignment"]))
             means = [result["scores"][place]["mean"] for result in results]
-            number = Number(score["mean"], score["low"], score["high"]) if len(means) == 1 else over_seeds(means)
-            kind = {key: score[key] for key in ("task", "metric", "alignment", "items")}
-            found.append({**kind, **asdict(number), "by_seed": means, "higher_is_better": HIGHER_IS_BETTER[score["metric"]]})
+            seeds = {"by_seed": means, "over_seeds": asdict(over_seeds(means))}
+            found.append({**mine, **seeds, "higher_is_better": HIGHER_IS_BETTER[metric]})
     return found
 
 

@@ -39,7 +39,11 @@ def plan_study(recipe: StudyRecipe) -> Plan:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"study: two models are called {', '.join(twice)} (works: another name for the fusion or the RESM)")
-    return Plan(tasks, models)
+    unknown = sorted({name for pair in recipe.compare for name in pair} - set(names))
+    if unknown:
+        raise ConfigError(f"compare: {', '.join(unknown)}: no such model in this study (works: {', '.join(names)})")
+    variants = [(f"resm_{name}", "resm") for name in recipe.resm if "resm" in names]
+    return Plan(tasks, models, [*((one, other) for one, other in recipe.compare), *variants])
 
 
 def _shared(recipe: StudyRecipe, scored: Scored) -> list[Task]:

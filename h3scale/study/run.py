@@ -16,24 +16,24 @@ from h3scale.errors import H3Error, OutputError, TakenError, UnsafeError
 from h3scale.launch.local import SIGNALS
 from h3scale.study.estimate import duration, estimate_s, rates
 from h3scale.study.ledger import Ledger, keys_of, states
-from h3scale.study.steps import executable
-from h3scale.study.tasks import Plan, Task
+from h3scale.study.tasks import Plan, Task, executable
 
 MARKER = ".h3scale-study"  # only in a folder that has it is anything ever deleted
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[int]:
+def claimed(out: Path, of: str = "", force: bool = False) -> Iterator[int]:
     """The study's folder, made where it is not there, for one study at a time; gives the lock, for the commands to hold too.
 
-    UnsafeError (77) for a folder with something else in it, TakenError (73) where another study runs, OutputError (73).
+    `of`: what is studied, which is noted there. UnsafeError (77) for a folder with something else in it, or with another study
+    unless `force`; TakenError (73) where another runs, OutputError (73).
     """
     marker = out / MARKER
     if out.exists() and not marker.is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UnsafeError(f"{out}: not made by h3scale study (works: another --out)")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = marker.open("a")
+        lock = marker.open("a+", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{out}: cannot be made ({error.strerror})") from error
     with lock:
@@ -41,6 +41,16 @@ def claimed(out: Path) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise TakenError(f"{out}: another study runs there (works: wait for it, or another --out)") from None
+        lock.seek(0)
+        before = lock.read().strip()
+        if before and of and before != of and not force:
+            raise UnsafeError(
+                f"{out}: is of another study: {before} (works: another --out, or --force: what differs is made again)"
+            )
+        if of and before != of:
+            lock.truncate(0)
+            lock.write(of)
+            lock.flush()
         yield lock.fileno()
 
 
@@ -79,17 +89,22 @@ def run_plan(plan: Plan, keys: Mapping[str, str], out: Path, console: Console, l
                 ledger.end(task, keys[task.name], None)
             _say(console, f"there already: {task.makes[0]}", "dim")
             continue
+        before_s = ledger.spent_s(task, keys[task.name])
         ledger.begin(task, keys[task.name])
-        took_s = _run(task, number, out, lock)
-        ledger.end(task, keys[task.name], took_s)
+        began, is_done = time.monotonic(), False
+        try:
+            _run(task, number, out, lock)
+            is_done = True
+        finally:
+            took_s = time.monotonic() - began
+            ledger.end(task, keys[task.name], None if before_s is None else before_s + took_s, is_done)
         _say(console, f"{took_s:.0f} s", "dim")
     return ledger
 
 
-def _run(task: Task, number: int, out: Path, lock: int | None) -> float:
+def _run(task: Task, number: int, out: Path, lock: int | None) -> None:
     for made in task.makes:
         (out / made).parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     # Not of the terminal's group: Ctrl-C would come from there and from here, and the second one ends a training run unsaved.
     held = () if lock is None else (lock,)
     with subprocess.Popen(executable(task.command), cwd=out, process_group=0, pass_fds=held) as process, _forwarding(process):
@@ -101,7 +116,6 @@ def _run(task: Task, number: int, out: Path, lock: int | None) -> float:
         )
         failure.exit_code = code if code > 0 else 128 - code
         raise failure
-    return time.monotonic() - began
 
 
 @contextmanager

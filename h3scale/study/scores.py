@@ -55,14 +55,29 @@ class Resampler:
 
     def number(self, values_R: np.ndarray) -> Number:
         """What was measured, with percentiles of the resamples, further out where there are few items."""
-        mean, drawn = float(values_R[0]), values_R[1:]
-        if not np.isfinite(mean):
-            return Number(None)
-        if np.isnan(drawn).mean() > MISSING:
-            return Number(mean)
         share = tail(self.num_groups)
-        low, high = np.nanquantile(drawn, [share, 1 - share])
-        return Number(mean, float(low), float(high))
+        return _number(float(values_R[0]), _quantile(values_R, share), _quantile(values_R, 1 - share))
+
+    def least(self, gains_AR: np.ndarray) -> Number:
+        """The least gain of all alignments. Percentiles of the resamples' least ones would lie too low where gains are alike.
+
+        Below: no gain is under its own lower bound, and so the least is not under the lowest of these. Above: it is over no upper
+        bound, each of which may fail A times as rarely.
+        """
+        share = tail(self.num_groups)
+        low = min(_quantile(gain_R, share) for gain_R in gains_AR)
+        high = min(_quantile(gain_R, 1 - share / len(gains_AR)) for gain_R in gains_AR)
+        return _number(float(gains_AR[:, 0].min()), low, high)
+
+    def least_less(self, one_AR: np.ndarray, other_AR: np.ndarray) -> Number:
+        """The least gain of one model less that of another: max over b, min over a of (one on a - other on b), in bounds.
+
+        Each bound is of a difference on the same resamples and may fail A times as rarely.
+        """
+        share = tail(self.num_groups) / len(one_AR)
+        low = max(min(_quantile(one_R - other_R, share) for one_R in one_AR) for other_R in other_AR)
+        high = min(max(_quantile(one_R - other_R, 1 - share) for other_R in other_AR) for one_R in one_AR)
+        return _number(float(one_AR[:, 0].min() - other_AR[:, 0].min()), low, high)
 
 
 def gains(nll_AR: np.ndarray, base_AR: np.ndarray, singles: Sequence[np.ndarray]) -> np.ndarray:
@@ -79,11 +94,6 @@ def gains(nll_AR: np.ndarray, base_AR: np.ndarray, singles: Sequence[np.ndarray]
     return np.stack(found)
 
 
-def balance(gains_AR: np.ndarray) -> np.ndarray:
-    """The least gain of all alignments, (R,): a model is as balanced as it is good at what it is worst at."""
-    return np.asarray(gains_AR.min(axis=0))
-
-
 def over_seeds(values: Sequence[float]) -> Number:
     """The mean of one value a seed, with Student's 95% interval; from one seed nothing is known of others."""
     mean = float(np.mean(values))
@@ -93,14 +103,27 @@ def over_seeds(values: Sequence[float]) -> Number:
     return Number(mean, mean - half, mean + half)
 
 
-def verdict(items: Number, seeds: Number) -> str:
-    """Of main less another, below 0 where main is better: what both intervals let one say ('better', 'worse', 'undecided')."""
+def verdict(items: Number, seeds: Number, higher_is_better: bool = False) -> str:
+    """Of one model less another: what both intervals let one say ('better', 'worse', 'undecided')."""
     known = [number for number in (items, seeds) if number.low is not None and number.high is not None]
+    words = ("worse", "better") if higher_is_better else ("better", "worse")
     if known and all(number.high < 0 for number in known):  # type: ignore[operator]
-        return "better"
+        return words[0]
     if known and all(number.low > 0 for number in known):  # type: ignore[operator]
-        return "worse"
+        return words[1]
     return "undecided"
+
+
+def _number(mean: float, low: float, high: float) -> Number:
+    if not np.isfinite(mean):
+        return Number(None)
+    return Number(mean, low, high) if np.isfinite(low) and np.isfinite(high) else Number(mean)
+
+
+def _quantile(values_R: np.ndarray, share: float) -> float:
+    """Of the resamples; nan where too many of them have no number."""
+    drawn = values_R[1:]
+    return float("nan") if np.isnan(drawn).mean() > MISSING else float(np.nanquantile(drawn, share))
 
 
 def _items(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

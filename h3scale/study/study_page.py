@@ -15,6 +15,7 @@ from h3scale.study.study_table import gain, legend, with_interval
 from h3scale.study.tasks import GROUPS
 
 Results = Mapping[str, Any]
+TOLD = ("mean NLL", "over the seeds", "says", "balance", "says")
 SHEET = (
     ".wide{overflow-x:auto}.wide table{font-size:14px}.wide :is(td,thead th){padding:6px}"
     ".wide thead th{white-space:normal;min-width:76px;vertical-align:bottom}td.good{--tint:#1a9a72}td.bad{--tint:#d4622a}"
@@ -38,7 +39,7 @@ def page(results: Results) -> str:
     parts = (
         _header(results),
         section("Who is balanced", _key(), figures(pictures, "parallel", "pareto"), _gains(results)),
-        section("Is the difference real", _intervals_note(results), _forests(results), _seeds(results)),
+        section("Is the difference real", _intervals_note(results), _forests(results), _seeds(results), _comparisons(results)),
         section(
             "What aligning one does to the others",
             "Collaboration and conflict between the alignments.",
@@ -92,7 +93,8 @@ def _key() -> str:
 
 def _mark(results: Results, name: str) -> str:
     colour = css_name(COLOURS[results["models"][name]["group"]])
-    return f'<i class="dot" style="background:var({colour})"></i>{shown_name(name)}'
+    kind = escape(NAMES[results["models"][name]["group"]])
+    return f'<i class="dot" role="img" aria-label="{kind}" title="{kind}" style="background:var({colour})"></i>{shown_name(name)}'
 
 
 def _table(results: Results, heads: Sequence[str], rows: Mapping[str, Sequence[str]], title: str) -> str:
@@ -142,9 +144,30 @@ def _seeds(results: Results) -> str:
         paired = results["models"][name].get("paired")
         if paired:
             each = [f"<td>{paired['by_seed'][str(seed)]:+.4f}</td>" for seed in results["seeds"]]
-            rows[name] = [*each, f"<td>{escape(with_interval(paired['over_seeds'], 4, '+'))}</td>", f"<td>{paired['verdict']}</td>"]
-    heads = [*(f"seed {seed}" for seed in results["seeds"]), "mean, Student's 95%", "says"]
+            rows[name] = [*each, *_told(paired)]
+    heads = [*(f"seed {seed}" for seed in results["seeds"]), *TOLD]
     return _table(results, heads, rows, f"{results['main'].replace('_', ' ').capitalize()} minus each, seed by seed: mean NLL")
+
+
+def _told(paired: Mapping[str, Any]) -> list[str]:
+    """Cells of a difference in mean NLL and in balance."""
+    items, balance, seeds = paired["mean_nll"], paired["balance"], with_interval(paired["over_seeds"], 4, "+")
+    cells = [f"<td>{items['mean']:+.4f}{_small(items, 4, '+')}</td>", f"<td>{escape(seeds)}</td>", f"<td>{paired['verdict']}</td>"]
+    told = "none" if balance["mean"] is None else f"{balance['mean']:+.2f}{_small(balance, 2, '+')}"
+    return [*cells, f"<td>{told}</td>", f"<td>{paired['balance_verdict']}</td>"]
+
+
+def _comparisons(results: Results) -> str:
+    """The pairs that the recipe asks about."""
+    body = []
+    for pair in results["comparisons"]:
+        names = f"{shown_name(pair['one'])} less {shown_name(pair['other'])}"
+        body.append(f'<tr><th scope="row">{names}</th>{"".join(_told(pair))}</tr>')
+    if not body:
+        return ""
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in TOLD)
+    table = plain_table(f"<thead><tr><th></th>{head}</tr></thead>", body, len(TOLD))
+    return f'<div class="card wide"><h3>What else was asked, two by two</h3>{table}</div>'
 
 
 def _conflict(results: Results) -> str:
@@ -199,9 +222,14 @@ def _others(results: Results) -> str:
         return ""
     rows = {}
     for name, model in models.items():
-        rows[name] = [f"<td>{score['mean']:.3f}{_small(score, 3)}</td>" for score in model["scores"]]
+        rows[name] = [f"<td>{score['mean']:.3f}{_small(score, 3)}{_seeds_of(score)}</td>" for score in model["scores"]]
     heads = [escape(f"{score['task']}: {score['metric']}".replace("_", " ")) for score in first]
     return _table(results, heads, rows, "Scores of answers")
+
+
+def _seeds_of(score: Mapping[str, Any]) -> str:
+    seeds = score["over_seeds"]
+    return "" if seeds["low"] is None else f"<small>seeds: {seeds['low']:.3f} to {seeds['high']:.3f}</small>"
 
 
 def _tinted(value: float | None, most: float, text: str, small: str) -> str:

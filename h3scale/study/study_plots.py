@@ -94,11 +94,13 @@ def _parallel(results: Results) -> Made | None:
 
 
 def _pareto(results: Results) -> Made | None:
-    points = {}
+    points, unknown = {}, 0
     for name, model in results["models"].items():
         cost = _cost(model)
-        if model["balance"]["mean"] is not None and cost is not None and model["group"] != SINGLE:
-            points[name] = (max(cost, 1.0), model["balance"]["mean"], model["balance"])
+        if model["balance"]["mean"] is not None and model["group"] != SINGLE:
+            unknown += cost is None
+            if cost is not None:
+                points[name] = (max(cost, 1.0), model["balance"]["mean"], model["balance"])
     if not points:
         return None
     figure, axes = _figure((4.6, 3.0))
@@ -118,6 +120,7 @@ def _pareto(results: Results) -> Made | None:
     axes.set_xlabel("seconds of training and making, after the base")
     axes.set_title("balance: the least gain", loc="left", color=MUTED, fontsize=9)
     note = "Up is balanced, left is cheap; the line joins models that no other beats in both. Bars: 95% intervals of the items."
+    note += f" Not shown: {unknown} whose time is not known." if unknown else ""
     return "What balance costs", note, figure
 
 

@@ -29,6 +29,8 @@ def markdown(results: Results) -> str:
         f"{main} minus it, mean NLL",
         "over seeds",
         "",
+        "balance",
+        "",
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     best_nll = min(model["mean_nll"]["mean"] for model in results["models"].values())
@@ -49,9 +51,25 @@ def markdown(results: Results) -> str:
             with_interval(paired.get("mean_nll"), 4, "+"),
             with_interval(paired.get("over_seeds"), 4, "+"),
             paired.get("verdict", ""),
+            with_interval(paired.get("balance"), 2, "+"),
+            paired.get("balance_verdict", ""),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"{line}" for line in legend(results))]) + "\n"
+    return "\n".join([*lines, "", *_pairs(results), *legend(results)]) + "\n"
+
+
+def _pairs(results: Results) -> list[str]:
+    """What the recipe asks about two models, a line each."""
+    rows = []
+    for pair in results["comparisons"]:
+        cells = [
+            f"{pair['one']} less {pair['other']}",
+            with_interval(pair["mean_nll"], 4, "+"),
+            with_interval(pair["over_seeds"], 4, "+"),
+        ]
+        cells += [pair["verdict"], with_interval(pair["balance"], 2, "+"), pair["balance_verdict"]]
+        rows.append(f"| {' | '.join(cells)} |")
+    return ["| two models | mean NLL | over seeds | | balance | |", "|" + "---|" * 6, *rows, ""] if rows else []
 
 
 def legend(results: Results) -> list[str]:
@@ -64,12 +82,12 @@ def legend(results: Results) -> list[str]:
     )
     return [
         f"Suite {results['suite']}, {counted}. NLL: nats per response token on held-out records, lower is better. Gain: (base - "
-        "model) / (base - best aligned model of that alignment), in NLL; 0 is the base, 1 the best aligned model. Balance: the "
-        "least gain.",
+        "model) / (base - best aligned model of that alignment), in NLL; 0 is the base, 1 the best model that was aligned as "
+        "align.yaml says. Balance: the least gain.",
         "Tokens are those trained on after the base, by the model and all that it is made of; 'as many': as "
         f"{main}. Seconds are of this machine, after the base, for all that it took. Intervals: 95%, of the items, paired; over "
         "seeds: Student's.",
-        f"Better, worse or undecided: what both intervals let one say of {main}.",
+        f"Better, worse or undecided: what both intervals let one say of {main}, or of the first of two; the last are of balance.",
     ]
 
 

@@ -1,6 +1,7 @@
 """What a study is made of: tasks, each a command, and the models that they make. No torch."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Kinds of models that are compared.
@@ -38,10 +39,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks in an order in which each comes after what it needs, and the models that are compared."""
+    """All tasks in an order in which each comes after what it needs, and the models that are compared; `compare`: which two."""
 
     tasks: list[Task]
     models: list[Model]
+    compare: list[tuple[str, str]] = field(default_factory=list)
 
     def task(self, name: str) -> Task:
         return next(task for task in self.tasks if task.name == name)
@@ -56,3 +58,9 @@ class Plan:
                 found[task.name] = task
                 waiting += task.needs
         return list(found.values())
+
+
+def executable(command: list[str]) -> list[str]:
+    """The command with this environment's own programs, whatever PATH says."""
+    beside = Path(sys.executable).parent / command[0]
+    return [str(beside) if beside.is_file() else command[0], *command[1:]]

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from h3scale.evaluation.measures import summarise_items
+
 ALIGNMENTS = ["helpful", "harmless", "honest"]
 
 
@@ -19,17 +21,9 @@ def result(levels: Sequence[float], num_items: int = 40, seed: int = 0, noise: f
             items.append(
                 {"id": f"{alignment}-{number}", "group": number // 2, "alignment": alignment, "nll": nll, "tokens": tokens}
             )
-    score = {
-        "task": "pairs",
-        "metric": "accuracy",
-        "alignment": "honest",
-        "mean": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-        "items": 20,
-        "groups": 20,
-    }
-    return {"suite": "made up", "seed": 0, "scores": [score], "items": {"known": items}, "notes": []}
+    pairs = [{"id": str(i), "group": i, "alignment": "honest", "accuracy": float(rng.random() < 0.5)} for i in range(20)]
+    scores = [score for task, asked in (("known", items), ("pairs", pairs)) for score in summarise_items(task, asked)]
+    return {"suite": "made up", "seed": 0, "scores": scores, "items": {"known": items, "pairs": pairs}, "notes": []}
 
 
 def exact(levels: Sequence[float]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a study leaves, written by hand."""
     out = tmp_path_factory.mktemp("study")
     given = {"seeds": SEEDS, "merges": ["linear"], "search": {}, "resm": {}, "fusions": {"fused": {}}, "mixtures": ["balanced"]}
+    given["compare"] = [["linear_searched", "mixture_balanced"]]
     recipe = load_study("recipes/study/builtin.yaml", given=given)
     plan, ledger = plan_study(recipe), Ledger(out)
     for task in plan.tasks:
@@ -103,6 +104,27 @@ def test_differences_are_paired_by_seed(results: dict[str, Any]) -> None:
     assert "paired" not in results["models"]["fused"]
 
 
+def test_what_the_recipe_asks_of_two_models_is_told_with_the_difference_in_balance(results: dict[str, Any]) -> None:
+    (pair,) = results["comparisons"]
+    assert (pair["one"], pair["other"]) == ("linear_searched", "mixture_balanced")
+    each = [float((nll_of("linear_searched", number) - nll_of("mixture_balanced", number)).mean()) for number in range(len(SEEDS))]
+    assert pair["mean_nll"]["mean"] == pytest.approx(np.mean(each))
+    assert pair["verdict"] == pair["balance_verdict"] == "worse"
+    models = results["models"]
+    gap = models["linear_searched"]["balance"]["mean"] - models["mixture_balanced"]["balance"]["mean"]
+    assert pair["balance"]["mean"] == pytest.approx(gap)
+    assert pair["balance"]["low"] < gap < pair["balance"]["high"] < 0
+    for text in (page(results), markdown(results)):
+        assert re.search(r"linear[_ ]searched less mixture[_ ]balanced", text)
+
+
+def test_scores_of_answers_have_the_intervals_of_the_items_and_of_the_seeds(results: dict[str, Any]) -> None:
+    (score,) = results["models"]["linear"]["scores"]
+    assert score["mean"] == pytest.approx(np.mean(score["by_seed"]))
+    assert score["low"] < score["mean"] < score["high"]
+    assert score["over_seeds"]["mean"] == score["mean"]
+
+
 def test_a_models_cost_is_that_of_all_it_is_made_of_after_the_base(results: dict[str, Any]) -> None:
     models = results["models"]
     assert (models["base"]["tokens"], models["base"]["train_s"]) == (0, 0)
@@ -160,14 +182,14 @@ def test_a_study_of_one_seed_that_says_nothing_of_balance_has_a_page(results: di
 
 
 def test_the_table_has_a_line_a_model_and_says_where_tokens_are_others(results: dict[str, Any]) -> None:
-    lines = [line for line in markdown(results).splitlines() if line.startswith("|")]
+    lines = markdown(results).split("\n\n")[0].splitlines()
     assert len(lines) == 2 + len(LEVELS)
     assert len({line.count("|") for line in lines}) == 1
     heads = [cell.strip() for cell in lines[0].strip("|").split("|")]
     rows = {row[0].strip().strip("*"): row for row in (line.strip("|").split("|") for line in lines[2:])}
     assert rows["mixture_balanced"][heads.index("as many")].strip() == "yes"
     assert rows["linear"][heads.index("as many")].strip() == "no"
-    assert rows["linear"][-1].strip() == "better"
+    assert [rows["linear"][at].strip() for at in (-3, -1)] == ["better", "better"]
 
 
 def test_the_frontier_leaves_out_what_another_beats_in_both() -> None:

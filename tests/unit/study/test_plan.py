@@ -1,6 +1,8 @@
 """A study's plan and its keys: what is compared, in which order, and what a change runs again."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,6 +19,7 @@ from h3scale.study.tasks import FUSION, MERGE, MIXTURE, RESM, SEARCHED, Plan
 from tests.conftest import ROOT
 
 SHIPPED = "recipes/study/builtin.yaml"
+ALIGNMENTS = ("helpful", "harmless", "honest")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,24 @@ def write(folder: Path, **values: object) -> Path:
     recipe = folder / "study.yaml"
     recipe.write_text(yaml.safe_dump({"recipes": str(folder), **values}))
     return recipe
+
+
+def own_suite(folder: Path, **changed: dict[str, Any]) -> Path:
+    """A suite of held-out records of each alignment, and of questions."""
+    tasks = {a: {"kind": "nll", "file": f"{a}.jsonl", "heldout_share": 0.1, "alignment": a} for a in ALIGNMENTS}
+    tasks["questions"] = {"kind": "choices", "file": "questions.jsonl"}
+    suite = folder / "suite.yaml"
+    tasks = {name: task | changed.get(name, {}) for name, task in tasks.items()}
+    suite.write_text(yaml.safe_dump({"name": "own", "seed": 5, "tasks": tasks}))
+    return suite
+
+
+def own_data(folder: Path) -> Path:
+    data = folder / "records"
+    data.mkdir()
+    for name in (*ALIGNMENTS, "questions"):
+        (data / f"{name}.jsonl").write_text("{}")
+    return data
 
 
 def changed(folder: Path, recipe: Path, file: str, line: str) -> set[str]:
@@ -135,11 +156,11 @@ def test_another_version_is_another_key(tmp_path: Path, monkeypatch: pytest.Monk
 def test_other_records_are_another_key_and_missing_ones_are_told_together(tmp_path: Path) -> None:
     data = tmp_path / "records"
     data.mkdir()
-    recipe = write(tmp_path, data=str(data), merges=["ties"])
+    recipe = write(tmp_path, data=str(data), merges=["ties"], suite=str(own_suite(tmp_path)))
     with pytest.raises(MissingInputError) as caught:
-        keys_of(plan_study(load_study(recipe)))
-    assert len(caught.value.findings) == 3
-    for name in ("helpful", "harmless", "honest"):
+        plan_study(load_study(recipe))
+    assert len(caught.value.findings) == 4
+    for name in (*ALIGNMENTS, "questions"):
         (data / f"{name}.jsonl").write_text("{}")
     plan = plan_study(load_study(recipe))
     before = keys_of(plan)
@@ -148,9 +169,51 @@ def test_other_records_are_another_key_and_missing_ones_are_told_together(tmp_pa
     assert not set(before.values()) & set(keys_of(plan).values())
 
 
+def test_what_is_scored_is_what_is_held_out_and_training_keeps_away_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The suite's share and seed split the records; it is found from the study's folder, wherever its place was told from."""
+    monkeypatch.chdir(tmp_path)
+    data = own_data(tmp_path)
+    own_suite(tmp_path)
+    recipe = write(tmp_path, data=str(data), suite="suite.yaml", recipes="recipes/demo-data")
+    plan = plan_study(load_study(recipe))
+    assert {"--heldout-share=0.1", "--seed=5"} <= set(plan.task("data").command)
+    assert "--seed=6" in plan.task("split").command
+    (hygiene,) = [word for word in plan.task("seed-0/helpful").command if word.startswith("data.hygiene.heldout=")]
+    assert yaml.safe_load(hygiene.partition("=")[2]) == [TEST, VALIDATION, str(data / "questions.jsonl")]
+    command = plan.task("seed-0/scores/single").command
+    assert command[command.index("--suite") + 1] == str(tmp_path / "suite.yaml")
+
+
+def test_another_suite_scores_again_and_trains_nothing(tmp_path: Path) -> None:
+    data, suite = own_data(tmp_path), own_suite(tmp_path)
+    recipe = write(tmp_path, data=str(data), suite=str(suite), merges=["ties"], recipes="recipes/demo-data")
+    before = keys_of(plan_study(load_study(recipe)))
+    suite.write_text(suite.read_text().replace("name: own", "name: other"))
+    ledger._file_hash.cache_clear()
+    after = keys_of(plan_study(load_study(recipe)))
+    assert {name.split("/")[1] for name in before if before[name] != after[name]} == {"scores"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "line"),
+    [
+        ({"honest": {"alignment": "helpful"}}, "no task of kind nll of honest (a study compares by them)"),
+        ({"honest": {"heldout_share": 0.2}}, "it must be given, and once for all (found: 0.1, 0.2)"),
+        ({"honest": {"heldout_share": None}}, "it must be given, and once for all (found: 0.1, None)"),
+    ],
+)
+def test_a_suite_that_would_score_what_was_trained_on_is_refused(tmp_path: Path, tasks: dict[str, Any], line: str) -> None:
+    recipe = write(tmp_path, data=str(own_data(tmp_path)), suite=str(own_suite(tmp_path, **tasks)))
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        plan_study(load_study(recipe))
+
+
 @pytest.mark.parametrize(
     ("values", "line"),
     [
+        ({"compare": [["resm", "best"]]}, "compare: best: no such model in this study (works: base, helpful"),
         ({"merge": ["ties"]}, "merge: unknown key (did you mean 'merges'?)"),
         ({"merges": ["tie"]}, "merges: ['tie']: tie: no such method (works: linear"),
         ({"merges": ["ties"], "search": {"methods": ["resm"]}}, "search.methods: resm is not among merges (works: ties)"),

@@ -78,7 +78,7 @@ def test_what_was_whole_when_the_study_was_killed_is_not_made_again_and_its_time
     run(tmp_path, task("a"))
     after = ledger.entry(task("a"))
     assert runs(tmp_path, "a") == 1
-    assert after == Entry(before.key, "merge", 1, True, None)
+    assert after == Entry(before.key, "merge", 1, True, None, before.code)
 
 
 def test_what_a_killed_command_left_stays_for_the_same_and_goes_for_another(tmp_path: Path) -> None:
@@ -115,6 +115,47 @@ def test_a_folder_of_anybody_elses_is_refused_and_one_study_runs_in_it_at_a_time
             pass
     with claimed(tmp_path / "study"):
         pass
+
+
+def test_another_studys_folder_is_not_written_over_unless_it_is_said(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    with claimed(out, "builtin.yaml"):
+        pass
+    with pytest.raises(UnsafeError, match=r"is of another study: builtin\.yaml "), claimed(out, "builtin.yaml --quick"):
+        pass
+    with claimed(out, "builtin.yaml"):
+        pass
+    with claimed(out, "builtin.yaml --quick", force=True):
+        pass
+    with claimed(out, "builtin.yaml --quick"):
+        pass
+
+
+def test_the_time_of_a_task_is_all_that_went_into_it(tmp_path: Path) -> None:
+    """One that was stopped adds to what it took before; of one that was killed nobody knows."""
+    stops = "import os; assert os.path.exists('a.stopped') or (open('a.stopped', 'w'), exit(75))"
+    first = task("a", also=stops)
+    with pytest.raises(H3Error):
+        run(tmp_path, first)
+    ledger = Ledger(tmp_path)
+    stopped = ledger.entry(first)
+    assert stopped is not None
+    assert not stopped.done
+    assert stopped.took_s is not None
+    (tmp_path / "a").unlink()
+    ledger.end(first, stopped.key, 100.0, done=False)
+    run(tmp_path, first)
+    after = ledger.entry(first)
+    assert after is not None
+    assert after.took_s is not None
+    assert 100.0 < after.took_s < 160.0
+    (tmp_path / "a").unlink()
+    ledger.begin(first, stopped.key)
+    run(tmp_path, first)
+    killed = ledger.entry(first)
+    assert killed is not None
+    assert killed.done
+    assert killed.took_s is None
 
 
 STARTED = """

@@ -2,7 +2,6 @@
 
 import shlex
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from h3scale.errors import H3Error
+from h3scale.study.tasks import executable
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,3 @@ class Runner:
 
     def _say(self, text: str, style: str) -> None:
         self.console.print(text, style=style, markup=False, soft_wrap=True)  # a command is to be copied as it is
-
-
-def executable(command: list[str]) -> list[str]:
-    """The command with this environment's own programs, whatever PATH says."""
-    beside = Path(sys.executable).parent / command[0]
-    return [str(beside) if beside.is_file() else command[0], *command[1:]]

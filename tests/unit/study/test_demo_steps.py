@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from h3scale.errors import H3Error
-from h3scale.study.steps import Runner, Step
+from h3scale.study.demo_steps import Runner, Step
 
 
 def runner(folder: Path) -> tuple[Runner, io.StringIO]:

@@ -28,17 +28,19 @@ class Steps:
 
     def step(self, step: int) -> Row:
         """The line of metrics of one optimizer step, on the batch of that number."""
-        from h3scale.train import loop
+        from h3scale.train.engine import set_learning_rate
+        from h3scale.train.loop import one_step
         from h3scale.train.loss import Counts
+        from h3scale.train.schedule import learning_rate_share
 
         loader, engine = self.loader, self.run.engine
         with self.metrics.clock.phase("data"):
             batch = loader.batch(step)
-        share = loop.learning_rate_share(step, self.recipe.steps, self.recipe.optimizer)
-        loop.set_learning_rate(engine, share)
+        share = learning_rate_share(step, self.recipe.steps, self.recipe.optimizer)
+        set_learning_rate(engine, share)
         tokens = loader.tokens_in(batch)
         counts = Counts(loader.targets_in(batch), loader.tokens_in(batch, self.recipe.router.vote))
-        loop.one_step(self.recipe, self.run, loader, batch, counts, self.metrics, self.memory)
+        one_step(self.recipe, self.run, loader, batch, counts, self.metrics, self.memory)
         known = {"lr": self.recipe.optimizer.learning_rate * share, "grad_norm": float(engine.get_global_grad_norm())}
         return self.metrics.close_step(step + 1, counts.targets, counts.votes, tokens, known, self.flops_of(step))  # type: ignore[no-any-return]
 
@@ -62,22 +64,25 @@ def deepspeeds_experts(model: torch.nn.Module) -> None:
 
 def begin(settings: TrainRecipe, folder: Path) -> Steps:
     """Starts the engine on every rank; lines go to `folder`."""
-    from h3scale.train import loop
+    from h3scale.train.begin import seed_everything
+    from h3scale.train.engine import start
+    from h3scale.train.records import make_loader
 
-    loop.seed_everything(settings.seed)
-    run = loop.start(settings, "benchmark")
-    loader = loop.make_loader(settings, run)
+    seed_everything(settings.seed)
+    run = start(settings, "benchmark")
+    loader = make_loader(settings, run)
     run.engine.train()
     return with_engine(settings, run, loader, folder)
 
 
 def with_engine(settings: TrainRecipe, run: Any, loader: Any, folder: Path) -> Steps:
     """What a recipe makes of an engine that has started."""
-    from h3scale.train import loop
+    from h3scale.train.loss_memory import make_loss_memory
+    from h3scale.train.run_facts import make_metrics
 
     folder.mkdir(parents=True, exist_ok=True)
-    metrics, flops = loop.make_metrics(settings, run, loader, folder)
-    return Steps(settings, run, loader, metrics, flops, loop.make_loss_memory(settings, run))
+    metrics, flops = make_metrics(settings, run, loader, folder)
+    return Steps(settings, run, loader, metrics, flops, make_loss_memory(settings, run))
 
 
 def rank(settings: TrainRecipe, folder: Path, theirs: bool) -> None:

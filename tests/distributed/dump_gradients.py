@@ -18,8 +18,9 @@ from h3scale.config.recipe import TrainRecipe
 from h3scale.data.loader import TypedLoader
 from h3scale.model.trainable import whole_shape
 from h3scale.train.anchor import DriftAnchor
+from h3scale.train.begin import seed_everything
 from h3scale.train.engine import Run, set_learning_rate, start
-from h3scale.train.loop import one_step, seed_everything
+from h3scale.train.loop import one_step
 from h3scale.train.loss import Counts
 from h3scale.train.loss_memory import LossMemory, make_loss_memory
 from h3scale.train.metrics import Metrics

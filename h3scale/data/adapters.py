@@ -24,7 +24,7 @@ Said = tuple[tuple[Turn, ...], str, str]  # history, prompt, response
 
 VERSION = 1  # to be raised when the same rows give other records: prepared stores are named by it
 CUT_SIMILARITY = 0.5
-_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,24 @@ def sides(texts: Sequence[str]) -> list[Side]:
     return ["train" if _hash(names[first(index)]) < 0.5 else "heldout" for index in range(len(texts))]
 
 
+def transcript(text: str, name: str) -> Said:
+    """A conversation as hh-rlhf writes it: '\\n\\nHuman: ...' and '\\n\\nAssistant: ...' in turn. `name`: what findings call it."""
+    opening, *pieces = SPEAKER.split(text)
+    if opening.strip() or not pieces:
+        raise BadRow(f"{name}: expected '\\n\\nHuman: ...' at its beginning")
+    turns: list[Turn] = []
+    for number, (speaker, content) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), start=1):
+        expected = "Human" if number % 2 else "Assistant"
+        if speaker != expected:
+            raise BadRow(f"{name}: turn {number}: expected {expected}, found {speaker}")
+        if not content.strip():
+            raise BadRow(f"{name}: turn {number}: the {speaker} says nothing")
+        turns.append(("user" if speaker == "Human" else "assistant", content.strip()))
+    if turns[-1][0] != "assistant":
+        raise BadRow(f"{name}: turn {len(turns)}: the last turn must be the Assistant's, found Human")
+    return tuple(turns[:-2]), turns[-2][1], turns[-1][1]
+
+
 def _hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
 
@@ -113,21 +131,8 @@ def _safer_if_safe(row: Row) -> list[Said]:
     return [((), text_of(row, "prompt"), text_of(row, f"response_{safer}"))] if safe else []
 
 
-def _transcript(row: Row) -> list[Said]:
-    opening, *pieces = _SPEAKER.split(text_of(row, "chosen"))
-    if opening.strip() or not pieces:
-        raise BadRow("chosen: expected '\\n\\nHuman: ...' at its beginning")
-    turns: list[Turn] = []
-    for number, (speaker, content) in enumerate(zip(pieces[::2], pieces[1::2], strict=True), start=1):
-        expected = "Human" if number % 2 else "Assistant"
-        if speaker != expected:
-            raise BadRow(f"chosen: turn {number}: expected {expected}, found {speaker}")
-        if not content.strip():
-            raise BadRow(f"chosen: turn {number}: the {speaker} says nothing")
-        turns.append(("user" if speaker == "Human" else "assistant", content.strip()))
-    if turns[-1][0] != "assistant":
-        raise BadRow(f"chosen: turn {len(turns)}: the last turn must be the Assistant's, found Human")
-    return [(tuple(turns[:-2]), turns[-2][1], turns[-1][1])]
+def _chosen(row: Row) -> list[Said]:
+    return [transcript(text_of(row, "chosen"), "chosen")]
 
 
 def _all_answers(row: Row) -> list[Said]:
@@ -199,7 +204,7 @@ ADAPTERS: dict[str, Adapter] = {
             alignment="harmless",
             licence="MIT",
             needs=("chosen",),
-            read=_transcript,
+            read=_chosen,
             splits=("train", "test"),
             folder="harmless-base",
             note="the chosen conversations of its folder harmless-base; the set as a whole is mostly about helpfulness",

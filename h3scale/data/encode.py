@@ -63,7 +63,11 @@ def render_prompt(tokenizer: Any, prompt: str | Sequence[dict[str, str]]) -> str
 
 
 def answer_lead(tokenizer: Any) -> str:
-    """What the chat template writes between a prompt, as `render_prompt` gives it, and the text of the answer."""
+    """What the chat template writes between a prompt, as `render_prompt` gives it, and the text of the answer.
+
+    Raises ConfigError (78) for a tokenizer without a chat template.
+    """
+    _check_template(tokenizer)
     said = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": ANSWER_PLACEHOLDER}]
     text, before = tokenizer.apply_chat_template(said, tokenize=False), render_prompt(tokenizer, PLACEHOLDER)
     lead, found, _ = text.removeprefix(before).partition(ANSWER_PLACEHOLDER)
@@ -90,8 +94,7 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
     tokenizer's special tokens, and templates whose conversation does not begin with its own beginning.
     Raises ConfigError (78) when the tokenizer has no chat template or is not a fast one (its tokens have no places).
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
+    _check_template(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"{tokenizer.name_or_path}: not a fast tokenizer (works: a folder with tokenizer.json)")
     special = special_tokens(tokenizer)
@@ -114,6 +117,11 @@ def encode_block(tokenizer: Any, records: Sequence[Record]) -> list[np.ndarray |
     with _whole(tokenizer.backend_tokenizer):
         flagged = iter(_Flagger(tokenizer).flagged(texts, spans))
     return [item or next(flagged) for item in items]
+
+
+def _check_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"{tokenizer.name_or_path}: the tokenizer has no chat template")
 
 
 Span = tuple[int, int]

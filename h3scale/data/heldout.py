@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from h3scale.data.adapters import SPEAKER, transcript
 from h3scale.data.duplicates import digest_of_words, words
 from h3scale.data.lines import read_lines
 from h3scale.data.records import BadRow, joined, kind_of, names_of, optional_text, parse_line, text_of
@@ -117,8 +118,8 @@ def _prompts(records: Tokens) -> Iterator[tuple[int, bytes]]:
 
 
 def heldout_prompts(path: str | Path) -> list[str]:
-    """The prompts of an evaluation file of JSON lines, one a line: `prompt`, `question`, `instruction` (with `input`) or the
-    user turns of `messages`.
+    """The prompts of an evaluation file of JSON lines, one a line: `prompt`, `question`, `instruction` (with `input`), the user
+    turns of `messages`, or those of a preference's `chosen` where it is a whole conversation.
 
     Raises MissingInputError (66) if there is no such file, DataError (65) for every line without a prompt.
     """
@@ -147,7 +148,13 @@ def heldout_prompts(path: str | Path) -> list[str]:
 
 
 def _prompt(row: dict[str, Any]) -> str:
+    chosen = row.get("chosen")
+    if type(chosen) is list and any(type(turn) is dict and turn.get("role") == "user" for turn in chosen):
+        return _user_turns(chosen, "chosen")
     key = next((key for key in ("prompt", "question", "instruction", "messages") if row.get(key) is not None), None)
+    if key is None and type(chosen) is str and SPEAKER.search(chosen):
+        history, prompt, _ = transcript(chosen, "chosen")
+        return "\n\n".join([*(content for role, content in history if role == "user"), prompt])
     if key is None:
         raise BadRow(f"no prompt (found: {names_of(row)}; works: prompt, question, instruction, messages)")
     if type(row[key]) is list:

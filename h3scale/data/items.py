@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from h3scale.data.lines import read_lines
-from h3scale.data.records import BadRow, Record, check_sound, kind_of, names_of, parse_line, text_of
+from h3scale.data.pairs import pair_of
+from h3scale.data.records import BadRow, Record, Turn, check_sound, kind_of, names_of, parse_line, text_of
 from h3scale.errors import DataError, MissingInputError
 
 MAX_SHOWN = 20  # findings printed before "and N more"
@@ -20,6 +21,7 @@ class Item:
     """A prompt and its distinct answers; the rest are indices into `answers`.
 
     best: the one right answer among `others` (MC1, or the chosen one). true, false: all right and all wrong ones (MC2, MC3).
+    history: the turns before the prompt, oldest first.
     """
 
     id: str
@@ -29,15 +31,21 @@ class Item:
     others: tuple[int, ...]
     true: tuple[int, ...]
     false: tuple[int, ...]
+    history: tuple[Turn, ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """What is answered: the history and the prompt."""
+        return [{"role": role, "content": content} for role, content in (*self.history, ("user", self.prompt))]
 
 
 def read_items(path: str | Path, kind: Literal["choices", "pairs"], where: Where | None = None, seed: int = 0) -> list[Item]:
     """The items of a file of JSON lines, those that have the values of `where`.
 
-    pairs: `prompt`, `chosen`, `rejected`. choices: `question` (or `prompt`), `mc1_choices`, `mc1_label` (an index), and
-    `mc2_choices`, `mc2_labels` (0 or 1 each), or Hugging Face's `mc1_targets`, `mc2_targets` ({choices, labels}); without mc2
-    the best answer is the only right one. Other fields are let be. Answers are put in an order that `seed` and the item say,
-    not the file: public sets list the right answer first.
+    pairs: `prompt`, `chosen`, `rejected`, as texts or as messages (see `pair_of`). choices: `question` (or `prompt`),
+    `mc1_choices`, `mc1_label` (an index), and `mc2_choices`, `mc2_labels` (0 or 1 each), or Hugging Face's `mc1_targets`,
+    `mc2_targets` ({choices, labels}); without mc2 the best answer is the only right one. Other fields are let
+    be. Answers are put in an order that `seed` and the item say, not the file: public sets list the right answer first.
 
     Raises MissingInputError (66) if there is no such file, DataError (65) for every line that is wrong, and where nothing is left.
     """
@@ -53,7 +61,7 @@ def read_items(path: str | Path, kind: Literal["choices", "pairs"], where: Where
         try:
             row = parse_line(line) if isinstance(line, bytes) else _bad(line)
             if _is_wanted(row, where or {}):
-                items.append(_item(str(number), *read(row), seed))
+                items.append(read(row, str(number), seed))
         except BadRow as error:
             findings.append(f"{path}:{number}: {error}")
     if not findings and not items:
@@ -72,7 +80,7 @@ def drawn(items: Sequence[Any], ids: Sequence[str], limit: int | None, seed: int
     return [items[i] for i in sorted(chosen)]
 
 
-Answers = tuple[str, list[str], int, list[int]]  # prompt, answers, the best one's index, and of each 1 right, 0 wrong
+Answers = tuple[list[str], int, list[int]]  # answers, the best one's index, and of each 1 right, 0 wrong
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes | str]]:
@@ -94,26 +102,24 @@ def _is_wanted(row: Mapping[str, Any], where: Where) -> bool:
     return True
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[Answers, Answers]:
-    prompt, chosen, rejected = (text_of(row, key) for key in ("prompt", "chosen", "rejected"))
-    if chosen == rejected:
-        raise BadRow("chosen and rejected are the same")
-    pair = (prompt, [chosen, rejected], 0, [1, 0])
-    return pair, pair
+def _pair(row: Mapping[str, Any], name: str, seed: int) -> Item:
+    history, prompt, chosen, rejected = pair_of(row)
+    answers = ([chosen, rejected], 0, [1, 0])
+    return _item(name, history, prompt, answers, answers, seed)
 
 
-def _choices(row: Mapping[str, Any]) -> tuple[Answers, Answers]:
+def _choices(row: Mapping[str, Any], name: str, seed: int) -> Item:
     prompt = text_of(row, "question" if "question" in row else "prompt")
     answers, labels = _labelled(row, "mc1")
     if sum(labels) != 1 or len(answers) < 2:
         raise BadRow(f"mc1: {len(answers)} answers, {sum(labels)} of them right (works: two or more, one right)")
-    first = (prompt, answers, labels.index(1), labels)
+    first = (answers, labels.index(1), labels)
     if "mc2_choices" not in row and "mc2_targets" not in row:
-        return first, first
+        return _item(name, (), prompt, first, first, seed)
     answers, labels = _labelled(row, "mc2")
     if len(set(labels)) != 2:
         raise BadRow(f"mc2: {sum(labels)} of {len(labels)} answers are right (works: some right, some wrong)")
-    return first, (prompt, answers, -1, labels)
+    return _item(name, (), prompt, first, (answers, -1, labels), seed)
 
 
 def _labelled(row: Mapping[str, Any], name: str) -> tuple[list[str], list[int]]:
@@ -135,15 +141,17 @@ def _labelled(row: Mapping[str, Any], name: str) -> tuple[list[str], list[int]]:
     return answers, [int(label) for label in labels]
 
 
-def _item(name: str, first: Answers, second: Answers, seed: int) -> Item:
-    prompt, answers, best, _ = first
-    for text in (*answers, *second[1]):
-        check_sound(Record("", "", prompt, text))
-    texts = sorted({*answers, *second[1]}, key=lambda text: _digest(seed, name, text))
+def _item(name: str, history: tuple[Turn, ...], prompt: str, first: Answers, second: Answers, seed: int) -> Item:
+    """Of `first` the best answer and the others, of `second` all that are right or wrong."""
+    answers, best, _ = first
+    judged, _, labels = second
+    for text in (*answers, *judged):
+        check_sound(Record("", "", prompt, text, history=history))
+    texts = sorted({*answers, *judged}, key=lambda text: _digest(seed, name, text))
     place = {text: i for i, text in enumerate(texts)}
-    true, false = (tuple(place[t] for t, label in zip(second[1], second[3], strict=True) if label == value) for value in (1, 0))
+    true, false = (tuple(place[t] for t, label in zip(judged, labels, strict=True) if label == value) for value in (1, 0))
     others = tuple(place[text] for text in answers if text != answers[best])
-    return Item(name, prompt, tuple(texts), place[answers[best]], others, true, false)
+    return Item(name, prompt, tuple(texts), place[answers[best]], others, true, false, history)
 
 
 def _digest(seed: int, *texts: str) -> bytes:

@@ -101,7 +101,7 @@ def record_of(row: Row, default_id: str, alignment: str | None = None) -> Record
     elif form == "instruction":
         prompt, response = joined(text_of(row, "instruction"), optional_text(row, "input")), text_of(row, "output")
     else:
-        history, prompt, response = _conversation(row["messages"])
+        history, prompt, response = conversation(turns_of(row["messages"], "messages"), "messages")
     return Record(_id(row, default_id), _alignment(row, alignment), prompt, response, optional_text(row, "source"), history)
 
 
@@ -120,6 +120,29 @@ def check_sound(record: Record) -> None:
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
             raise BadRow(f"{name}: has half a surrogate pair ({half}) at character {error.start + 1}") from None
+
+
+def turns_of(messages: Any, name: str) -> list[Turn]:
+    """The turns of a list of messages, in any order; `name` is what findings call it. Raises BadRow."""
+    if type(messages) is not list:
+        raise BadRow(f"{name}: expected a list, found {kind_of(messages)}")
+    return [_turn(message, f"{name}.{index}") for index, message in enumerate(messages)]
+
+
+def conversation(turns: Sequence[Turn], name: str) -> tuple[tuple[Turn, ...], str, str]:
+    """(history, prompt, response) of user and assistant in turn, the assistant last; a system turn may begin. Raises BadRow."""
+    if not turns:
+        raise BadRow(f"{name}: is empty")
+    if all(role != "assistant" for role, _ in turns):
+        raise BadRow(f"{name}: no assistant turn")
+    start = int(turns[0][0] == "system")
+    for index, (role, _) in enumerate(turns[start:]):
+        expected = ROLES[1 + index % 2]
+        if role != expected:
+            raise BadRow(f"{name}.{start + index}.role: expected {expected}, found {role}")
+    if turns[-1][0] != "assistant":
+        raise BadRow(f"{name}.{len(turns) - 1}.role: the last turn must be the assistant's, found {turns[-1][0]}")
+    return tuple(turns[:-2]), turns[-2][1], turns[-1][1]
 
 
 def text_of(row: Row, key: str, where: str = "") -> str:
@@ -161,24 +184,6 @@ def names_of(row: Row) -> str:
 def shown(text: str) -> str:
     """As it can be printed on one line."""
     return repr(text)[1:-1] if len(text) <= 40 else repr(text[:40])[1:-1] + "..."
-
-
-def _conversation(messages: Any) -> tuple[tuple[Turn, ...], str, str]:
-    if type(messages) is not list:
-        raise BadRow(f"messages: expected a list, found {kind_of(messages)}")
-    turns = [_turn(message, f"messages.{index}") for index, message in enumerate(messages)]
-    if not turns:
-        raise BadRow("messages: is empty")
-    if all(role != "assistant" for role, _ in turns):
-        raise BadRow("messages: no assistant turn")
-    start = int(turns[0][0] == "system")
-    for index, (role, _) in enumerate(turns[start:]):
-        expected = ROLES[1 + index % 2]
-        if role != expected:
-            raise BadRow(f"messages.{start + index}.role: expected {expected}, found {role}")
-    if turns[-1][0] != "assistant":
-        raise BadRow(f"messages.{len(turns) - 1}.role: the last turn must be the assistant's, found {turns[-1][0]}")
-    return tuple(turns[:-2]), turns[-2][1], turns[-1][1]
 
 
 def _turn(message: Any, where: str) -> Turn:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor
 
 from h3scale.config.suite import PLACE
@@ -57,18 +58,23 @@ def encode_items(tokenizer: Any, items: Sequence[Item], template: str | None, li
     Prompt and answer are tokenized together; what the prompt alone gives is the prompt (as lm-evaluation-harness does, and as it
     does, blanks at the prompt's end go to the answer). No end-of-turn token is scored. Where an item is longer than `limit`,
     the prompt loses its beginning, as much for each answer of the item. Raises DataError (65) for items with special tokens in
-    their texts or answers without a token.
+    their texts, conversations that the chat template refuses and answers without a token, ConfigError (78) without a chat template.
     """
     special = special_tokens(tokenizer)
     lead, opening = (" ", _opening(tokenizer)) if template else (answer_lead(tokenizer), [])
     found: list[Asked] = []
     findings: list[str] = []
     for item in items:
-        forged = next((m for text in (item.prompt, *item.answers) if (m := special.search(text))), None)
+        said = [turn["content"] for turn in item.messages]
+        forged = next((m for text in (*said, *item.answers) if (m := special.search(text))), None)
         if forged:
             findings.append(f"item {item.id}: its text has the special token '{forged.group()}', which would end or begin a turn")
             continue
-        before = template.replace(PLACE, item.prompt) if template else render_prompt(tokenizer, item.prompt)
+        try:
+            before = template.replace(PLACE, item.prompt) if template else render_prompt(tokenizer, item.messages)
+        except TemplateError as error:  # it has no place for a system turn, say
+            findings.append(f"item {item.id}: the chat template refuses it ({error})")
+            continue
         prompt, answers = _tokens(tokenizer, before + lead, item.answers)
         findings += [f"item {item.id}: an answer has no token of its own" for answer in answers if not answer][:1]
         prompt = opening + prompt

@@ -13,7 +13,7 @@ from typing import Any
 from h3scale.config.suite import Suite, Task, find_suite
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.items import Item, drawn, read_items
-from h3scale.data.records import Record, split_by_instruction
+from h3scale.data.records import Record, Turn, split_by_instruction
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError, H3Error, MissingInputError
 from h3scale.evaluation.answers import Asked, encode_items, log_probs
@@ -22,6 +22,8 @@ from h3scale.evaluation.score import Route, longest, sum_nll
 
 UNIT_ITEMS = 32
 FORMAT = 1  # of what a unit's numbers mean
+
+Asks = tuple[tuple[Turn, ...], str]  # what is asked, history and prompt
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def result_of(loaded: LoadedSuite, work: Work, numbers: Mapping[str, Sequence[fl
     An item has id, group (items with the same prompt share one), alignment, and a number a metric; of NLL the sum, with `tokens`.
     """
     items: dict[str, list[dict[str, Any]]] = {name: [] for name in loaded.suite.tasks}
-    groups: dict[str, dict[str, int]] = {name: {} for name in loaded.suite.tasks}
+    groups: dict[str, dict[Asks, int]] = {name: {} for name in loaded.suite.tasks}
     for unit in work.units:
         task, known = loaded.suite.tasks[unit.task], groups[unit.task]
         for prompt, entry in _entries(unit, task, numbers[unit.key]):
@@ -135,6 +137,11 @@ def result_of(loaded: LoadedSuite, work: Work, numbers: Mapping[str, Sequence[fl
 def _read(path: Path, task: Task, seed: int) -> list[Item] | list[Record]:
     if task.kind != "nll":
         items = read_items(path, task.kind, task.where, seed)
+        for item in items if task.template else ():
+            if item.history:
+                raise DataError(
+                    f"{path}:{item.id}: has turns before its prompt, for which `template` has no place (works: without it)"
+                )
         return drawn(items, [item.id for item in items], task.limit, seed)
     records = read_records([path], [task.alignment] if task.alignment else None)
     if task.heldout_share is not None:
@@ -179,15 +186,15 @@ def _key(items: Sequence[Any], alignment: str | None, limit: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _entries(unit: Unit, task: Task, numbers: Sequence[float]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(unit: Unit, task: Task, numbers: Sequence[float]) -> Iterator[tuple[Asks, dict[str, Any]]]:
     values = iter(numbers)
     for item in unit.items:
         if isinstance(item, Encoded):
             named = {"id": item.record.id, "alignment": item.record.alignment}
-            yield item.record.prompt, {**named, "nll": next(values), "tokens": item.num_response_tokens}
+            yield (item.record.history, item.record.prompt), {**named, "nll": next(values), "tokens": item.num_response_tokens}
             continue
         sums = [next(values) for _ in item.answers]
         measure = multiple_choice(item.item, sums) if task.kind == "choices" else {}
         if task.kind == "pairs":
             measure = preference(item.item, sums, [len(answer) for answer in item.answers])
-        yield item.item.prompt, {"id": item.item.id, "alignment": task.alignment, **measure}
+        yield (item.item.history, item.item.prompt), {"id": item.item.id, "alignment": task.alignment, **measure}

@@ -60,6 +60,9 @@ def test_real_leaks_are_those_of_all_pairs(real_data: Path):
     assert any(leak >= 0 for leak in leaks[:-50])
 
 
+CHOSEN = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("ABCD")]
+
+
 @pytest.mark.parametrize(
     ("row", "prompt"),
     [
@@ -72,6 +75,9 @@ def test_real_leaks_are_those_of_all_pairs(real_data: Path):
             {"prompt": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]},
             "A\n\nC",
         ),
+        ({"prompt": "A", "chosen": CHOSEN, "rejected": CHOSEN}, "A\n\nC"),
+        ({"prompt": "A", "chosen": CHOSEN[3:], "rejected": CHOSEN[3:]}, "A"),
+        ({"chosen": "\n\nHuman: A\n\nAssistant: B\n\nHuman: C\n\nAssistant: D"}, "A\n\nC"),
     ],
 )
 def test_usual_shapes_of_evaluation_files(tmp_path, row, prompt):

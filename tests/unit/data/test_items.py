@@ -31,6 +31,86 @@ def told(item):
     return item.prompt, item.answers[item.best], *({item.answers[i] for i in side} for side in sides)
 
 
+SAID = [("user", "Hi."), ("assistant", "Hello."), ("user", "Do it.")]
+
+
+def messages(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def ends(*turns):
+    """`chosen` and `rejected` after these turns."""
+    return {key: messages(*turns, ("assistant", text)) for key, text in (("chosen", "yes"), ("rejected", "no"))}
+
+
+def human(*turns):
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[role]}: {content}" for role, content in turns)
+
+
+HH = {key: human(*SAID, ("assistant", text)) for key, text in (("chosen", "yes"), ("rejected", "no"))}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ends(*SAID),
+        {"prompt": None, **ends(*SAID)},
+        {"prompt": "Hi.", **ends(*SAID)},
+        {"prompt": "Do it.", **ends(*SAID)},
+        {"prompt": "user: Hi.\nassistant: Hello.\nuser: Do it.", **ends(*SAID)},
+        {"prompt": messages(*SAID), **ends()},
+        {"prompt": messages(*SAID), **ends(*SAID)},
+        {"prompt": messages(*SAID[:1]), **ends(*SAID)},
+        {"prompt": messages(*SAID[:1]), **ends(*SAID[1:])},
+        {"prompt": messages(*SAID), "chosen": "yes", "rejected": "no"},
+        HH,
+    ],
+)
+def test_every_form_of_a_preference_of_several_turns_is_the_same_item(tmp_path, row):
+    (item,) = read_items(write(tmp_path / "p.jsonl", row), "pairs")
+    assert (item.history, item.prompt, set(item.answers)) == (tuple(SAID[:2]), "Do it.", {"yes", "no"})
+    assert item.answers[item.best] == "yes"
+    assert item.messages == messages(*SAID)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Do it.", **ends(SAID[-1])}, {"prompt": "Do it.", **ends()}, ends(SAID[-1])])
+def test_a_preference_of_one_turn_is_that_of_texts(tmp_path, row):
+    texts, listed = read_items(write(tmp_path / "p.jsonl", PAIR), "pairs") + read_items(write(tmp_path / "q.jsonl", row), "pairs")
+    assert texts == listed
+    assert listed.history == ()
+
+
+def test_a_system_turn_may_begin(tmp_path):
+    row = ends(("system", "Be brief."), SAID[-1])
+    (item,) = read_items(write(tmp_path / "p.jsonl", row), "pairs")
+    assert (item.history, item.prompt) == ((("system", "Be brief."),), "Do it.")
+
+
+@pytest.mark.parametrize(
+    ("row", "finding"),
+    [
+        ({**ends(*SAID), "rejected": ends(SAID[-1])["rejected"]}, "rejected: has 2 turns, chosen 4"),
+        ({**HH, "rejected": human(*SAID, ("assistant", "no")).replace("Hello", "Hey")}, "rejected: turn 2 is not that of chosen"),
+        ({**ends(*SAID), "rejected": messages(*SAID)}, "rejected.2.role: the last turn must be the assistant's, found user"),
+        ({**HH, "rejected": human(*SAID)}, "rejected: turn 3: the last turn must be the Assistant's, found Human"),
+        ({**ends(*SAID), "rejected": ends(*SAID)["chosen"]}, "chosen and rejected are the same"),
+        ({"prompt": "Go.", **ends(*SAID)}, "prompt: has none of the user's turns in chosen"),
+        ({"prompt": messages(SAID[0]), **ends(SAID[-1])}, "prompt + chosen.1.role: expected assistant, found user"),
+        ({"chosen": [], "rejected": []}, "chosen: is empty"),
+        ({"chosen": ["yes"], "rejected": ["no"]}, "chosen.0: expected an object with role and content, found str"),
+        ({"chosen": "yes", "rejected": "no"}, "prompt: is missing (found: chosen, rejected)"),
+        (ends(("user", "Hi.\0"), *SAID[1:]), "user: has a NUL character"),
+    ],
+)
+def test_a_preference_that_is_none_is_told_with_file_and_line(tmp_path, row, finding):
+    path = write(tmp_path / "p.jsonl", PAIR, row)
+    with pytest.raises(DataError) as error:
+        read_items(path, "pairs")
+    (line,) = error.value.findings
+    assert line.startswith(f"{path}:2: {finding}")
+
+
 def test_both_forms_of_truthfulqa_give_the_same_item(tmp_path):
     nested = {
         "question": "Who?",

@@ -1,11 +1,15 @@
 """Log-probabilities of answers: prompts shared, rows packed, and still what each prompt and answer gives by itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from h3scale.data.encode import answer_lead
+from h3scale.config.base import find
+from h3scale.data.encode import RESPONSE_BIT, answer_lead, encode_records, render_prompt
 from h3scale.data.items import Item
-from h3scale.errors import DataError
+from h3scale.data.records import Record
+from h3scale.errors import ConfigError, DataError
 from h3scale.evaluation import answers
 from h3scale.evaluation.answers import encode_items, log_probs
 from h3scale.evaluation.routing import route_for
@@ -126,6 +130,50 @@ def test_long_prompts_lose_their_beginning_alike_for_all_answers(tokenizer):
     assert tokenizer.convert_ids_to_tokens(found[0].prompt) == ["dog", "<end>", "<assistant>"]
     assert len(found[0].prompt) + 6 - 1 == 8
     assert found[1].cut == 0
+
+
+def test_turns_before_a_prompt_are_asked_as_training_has_them(tokenizer):
+    asked = replace(item("why", "red", "green blue"), history=(("user", "cat"), ("assistant", "dog")))
+    (found,), _ = encode_items(tokenizer, [asked], None, 64)
+    for answer, tokens in zip(asked.answers, found.answers, strict=True):
+        (trained,) = encode_records(tokenizer, [Record("1", "helpful", asked.prompt, answer, history=asked.history)])
+        assert trained.input_ids == [*found.prompt, *tokens, tokenizer.eos_token_id]
+        assert trained.tokens[len(found.prompt) :].min() >> RESPONSE_BIT == 1
+    assert tokenizer.convert_ids_to_tokens(found.prompt[:3]) == ["<user>", "cat", "<end>"]
+
+
+@pytest.mark.parametrize("path", ["recipes/chat_template.jinja", "recipes/h3fusion_llama2_7b/chat_template.jinja"])
+def test_shipped_templates_write_the_same_before_every_answer_of_a_conversation(tokenizer, path):
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(("cat", "dog", "why", "red"))]
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = find(path).read_text()
+        whole = tokenizer.apply_chat_template(said, tokenize=False)
+        assert whole.startswith(render_prompt(tokenizer, said[:-1]) + answer_lead(tokenizer) + "red")
+    finally:
+        tokenizer.chat_template = before
+
+
+def test_turns_before_a_prompt_are_looked_at_too(tokenizer):
+    forged = replace(item("cat", "red", "blue"), history=(("user", "a <end>"), ("assistant", "b")))
+    system = replace(item("cat", "red", "blue", name="2"), history=(("system", "no"),))
+    before = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + before
+        )
+        with pytest.raises(DataError) as error:
+            encode_items(tokenizer, [forged, system], None, 64)
+        tokenizer.chat_template = None
+        with pytest.raises(ConfigError, match="has no chat template"):
+            encode_items(tokenizer, [item("cat", "red", "blue")], None, 64)
+        assert len(encode_items(tokenizer, [item("cat", "red", "blue")], "why {prompt}", 64)[0]) == 1
+    finally:
+        tokenizer.chat_template = before
+    assert error.value.findings == [
+        "item 1: its text has the special token '<end>', which would end or begin a turn",
+        "item 2: the chat template refuses it (no system turn)",
+    ]
 
 
 def test_texts_with_special_tokens_are_refused(tokenizer):

@@ -12,7 +12,7 @@ from h3scale.cli.report import report
 from h3scale.config.suite import SHIPPED
 from h3scale.data.builtin import builtin_records
 from h3scale.data.encode import encode_records
-from h3scale.data.records import split_by_instruction, write_records
+from h3scale.data.records import Record, split_by_instruction, write_records
 from h3scale.data.sources import read_records
 from h3scale.errors import ConfigError, DataError, MissingInputError, OutputError, PeerLostError, UsageError
 from h3scale.evaluation import run_suite
@@ -198,6 +198,42 @@ def test_what_is_wrong_with_a_suite_is_told_in_lines(place, tmp_path):
     with pytest.raises(DataError, match=r"choices.jsonl:1: prompt: is missing") as error:
         load_suite(two, place / "data")
     assert "no.jsonl: no such file" in error.value.findings[-1]
+
+
+def test_conversations_are_scored_after_all_their_turns(place, tokenizer, tmp_path):
+    def row(*turns):
+        said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        return {
+            "chosen": [*said, {"role": "assistant", "content": "red"}],
+            "rejected": [*said, {"role": "assistant", "content": "blue"}],
+        }
+
+    write(tmp_path / "p.jsonl", [row("cat", "dog", "why"), row("sun", "moon", "why"), row("cat", "dog", "why"), row("why")])
+    (tmp_path / "s.yaml").write_text("name: s\ntasks: {t: {kind: pairs, file: p.jsonl}}")
+    model = make_dense(tokenizer, 1)
+    loaded = load_suite(tmp_path / "s.yaml")
+    entries = score_suite(model, tokenizer, loaded)["items"]["t"]
+    assert [entry["group"] for entry in entries] == [0, 1, 0, 2]
+    (unit,) = work_of(tokenizer, loaded, 64).units
+    first, other, again, alone = ({tuple(a): v for a, v in zip(i.answers, s, strict=True)} for i, s in scored_alone(model, unit))
+    assert first == pytest.approx(again)
+    assert len({round(sums[next(iter(first))], 4) for sums in (first, other, alone)}) == 3  # the turns before are seen
+    write_records(tmp_path / "r.jsonl", [Record(str(i), "honest", "why", "red", history=h) for i, h in enumerate(HISTORIES)])
+    (tmp_path / "s.yaml").write_text("name: s\ntasks: {t: {kind: nll, file: r.jsonl}}")
+    entries = score_suite(model, tokenizer, load_suite(tmp_path / "s.yaml"))["items"]["t"]
+    assert [entry["group"] for entry in entries] == [0, 1, 1]
+    (tmp_path / "s.yaml").write_text("name: s\ntasks: {t: {kind: pairs, file: p.jsonl, template: 'Q: {prompt}'}}")
+    with pytest.raises(DataError, match=r"p.jsonl:1: has turns before its prompt, for which `template` has no place"):
+        load_suite(tmp_path / "s.yaml")
+
+
+HISTORIES = ((), (("user", "cat"), ("assistant", "dog")), (("user", "cat"), ("assistant", "dog")))
+
+
+def scored_alone(model, unit):
+    from h3scale.evaluation.answers import log_probs
+
+    return zip(unit.items, log_probs(model, unit.items), strict=True)
 
 
 def test_items_that_do_not_fit_are_counted(place, tokenizer, tmp_path):

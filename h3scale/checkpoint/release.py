@@ -42,7 +42,8 @@ def release(
 ) -> Path:
     """Verifies a model and copies it to `target` with README.md (model card) and SHA256SUMS; nothing is uploaded.
 
-    `license`: an identifier the Hugging Face hub knows, such as apache-2.0. `evaluation`: the JSON of `h3scale evaluate`.
+    `license`: an identifier the Hugging Face hub knows, such as apache-2.0. `evaluation`: the JSON of `h3scale evaluate`, of
+    records, a suite or both.
     `auto_map` and local paths are dropped from the JSON files. Raises ConfigError (78) without a license, and what
     verify raises.
     """
@@ -102,7 +103,7 @@ def model_card(
         _usage(name),
         _format(conversation),
         _expert_table(experts),
-        _score_table(scores),
+        _evaluation(scores),
         _SOURCE if is_moe else "",
         _merge_section(merged),
     ]
@@ -180,14 +181,17 @@ def _sums(files: dict[str, str] | None) -> str:
     return ", ".join(f"`{digest}`" for name, digest in (files or {}).items() if name.endswith(".safetensors")) or "not taken"
 
 
-def _score_table(scores: dict[str, Any] | None) -> str:
+def _evaluation(scores: dict[str, Any] | None) -> str:
     if scores is None:
         return ""
+    tables = {"nll": _record_table, "suite": _suite_table}
+    return "\n\n".join(["## Evaluation", *(table(scores) for key, table in tables.items() if key in scores)])
+
+
+def _record_table(scores: dict[str, Any]) -> str:
     accuracy = scores.get("router", {}).get("accuracy", {})
     exact = {alignment: found["exact"] for alignment, found in scores.get("exact_match", {}).items()}
     lines = [
-        "## Evaluation",
-        "",
         "Held-out records. NLL: negative log-likelihood (nats) of a response token, lower is better, with a 95% bootstrap interval."
         + (" Router accuracy: records whose alignment the router names rightly." if accuracy else "")
         + (" Exact match: generated answers that are the expected ones word for word." if exact else ""),
@@ -204,15 +208,53 @@ def _score_table(scores: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
+def _suite_table(scores: dict[str, Any]) -> str:
+    """A row a score, as the suite has them."""
+    suite = scores["suite"]
+    lines = [
+        f"Suite {_cell(suite.get('suite', ''))}: what the model finds likely; no text is generated and no judge is asked. Higher "
+        "is better, but for nll. mc1 to mc3: TruthfulQA's. accuracy: pairs of which the chosen answer is the likelier one, as a "
+        "whole, by token or by character. With 95% bootstrap intervals.",
+        "",
+        "| task | alignment | metric | mean | 95% interval | items |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for score in suite["scores"]:
+        names = (score["task"], score.get("alignment") or "", score["metric"])
+        interval = f"{score['low']:.3f} to {score['high']:.3f}"
+        lines.append(f"| {' | '.join(map(_cell, names))} | {score['mean']:.3f} | {interval} | {score.get('items', '')} |")
+    return "\n".join(lines)
+
+
+def _cell(text: Any) -> str:
+    """A name from a file as it can stand in a table's row."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
 def _scores(evaluation: Path | None) -> dict[str, Any] | None:
-    """The scores, checked before anything is copied: {"nll": {ALIGNMENT: {"nll": x}}, "router": {"accuracy": {...}}}."""
+    """What `h3scale evaluate` has written, checked before anything is copied: of records, of a suite, or of both."""
     if evaluation is None:
         return None
     scores = read_json(Path(evaluation))
-    nll = scores.get("nll")
-    if not isinstance(nll, dict) or not all(isinstance(s, dict) and isinstance(s.get("nll"), int | float) for s in nll.values()):
-        raise DataError(f'{evaluation}: not the JSON of `h3scale evaluate` (works: {{"nll": {{ALIGNMENT: {{"nll": 1.23}}}}}})')
+    found = [of(scores[key]) for key, of in (("nll", _are_of_records), ("suite", _are_of_a_suite)) if key in scores]
+    if not found or not all(found):
+        works = '{"nll": {ALIGNMENT: {"nll": 1.23}}} or {"suite": {"scores": [{"task": ..., "metric": ..., "mean": ...}]}}'
+        raise DataError(f"{evaluation}: not the JSON of `h3scale evaluate` (works: {works})")
     return scores
+
+
+def _are_of_records(nll: Any) -> bool:
+    return isinstance(nll, dict) and all(isinstance(s, dict) and isinstance(s.get("nll"), int | float) for s in nll.values())
+
+
+def _are_of_a_suite(suite: Any) -> bool:
+    scores = suite.get("scores") if isinstance(suite, dict) else None
+    return isinstance(scores, list) and all(
+        isinstance(score, dict)
+        and {"task", "metric"} <= score.keys()
+        and all(isinstance(score.get(key), int | float) for key in ("mean", "low", "high"))
+        for score in scores
+    )
 
 
 _SOURCE = f"""## Method

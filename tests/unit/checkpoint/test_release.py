@@ -83,6 +83,50 @@ def test_the_card_has_the_scores_as_they_were_measured(folder, evaluation, tmp_p
     ]
 
 
+SUITE = {
+    "suite": "my | suite",
+    "seed": 0,
+    "scores": [
+        {
+            "task": "heldout",
+            "metric": "nll",
+            "alignment": "helpful",
+            "mean": 1.5,
+            "low": 1.25,
+            "high": 1.75,
+            "items": 40,
+            "groups": 40,
+        },
+        {
+            "task": "a|b",
+            "metric": "accuracy",
+            "alignment": None,
+            "mean": 0.9,
+            "low": 0.8001,
+            "high": 1.0,
+            "items": 60,
+            "groups": 59,
+        },
+    ],
+    "items": {},
+    "notes": [],
+}
+ROWS = ["| heldout | helpful | nll | 1.500 | 1.250 to 1.750 | 40 |", "| a\\|b |  | accuracy | 0.900 | 0.800 to 1.000 | 60 |"]
+
+
+@pytest.mark.parametrize("more", [{}, SCORES], ids=["alone", "beside records"])
+def test_the_card_has_a_suite_s_scores_with_their_intervals(folder, tmp_path, more):
+    (tmp_path / "scores.json").write_text(json.dumps({"suite": SUITE, **more}))
+    release(folder, tmp_path / "out", license="mit", evaluation=tmp_path / "scores.json")
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    start = lines.index("| task | alignment | metric | mean | 95% interval | items |")
+    assert lines[start + 2 : start + 4] == ROWS
+    assert lines.count("## Evaluation") == 1
+    assert any("Suite my \\| suite: what the model finds likely" in line for line in lines)
+    assert ("| helpful | 1.234 | 1.100 to 1.300 | 40 | 97.5% | 80.0% |" in lines) is bool(more)
+    assert any("Held-out records." in line for line in lines) is bool(more)
+
+
 def test_without_scores_the_card_claims_none(folder, tmp_path):
     release(folder, tmp_path / "out", license="mit")
     assert "Evaluation" not in (tmp_path / "out" / "README.md").read_text()
@@ -136,9 +180,11 @@ def test_a_broken_model_is_not_released(folder, tmp_path):
 
 
 def test_scores_of_another_form_are_refused(folder, tmp_path):
-    (tmp_path / "other.json").write_text('{"nll": {"helpful": 1.0}}')
-    with pytest.raises(DataError, match="not the JSON of"):
-        release(folder, tmp_path / "out", license="mit", evaluation=tmp_path / "other.json")
+    broken = {**SUITE, "scores": [{**SUITE["scores"][0], "mean": None}]}
+    for other in ({"nll": {"helpful": 1.0}}, {}, {"suite": "3h"}, {"suite": broken}, {**SCORES, "suite": broken}):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match="not the JSON of"):
+            release(folder, tmp_path / "out", license="mit", evaluation=tmp_path / "other.json")
     with pytest.raises(MissingInputError):
         release(folder, tmp_path / "out", license="mit", evaluation=tmp_path / "nowhere.json")
 

@@ -1,4 +1,4 @@
-"""What a report knows: read from the folder of a demo or a study, for the page and the plots to draw."""
+"""What a report knows: read from a folder with evaluations, such as a demo's, for the page and the plots to draw."""
 
 import json
 import math
@@ -67,34 +67,47 @@ class Findings:
 
 
 def read_findings(out: Path) -> Findings:
-    """Everything a report needs from a folder; only results.json is required."""
+    """Everything a report needs from a folder: of results.json and evaluation/*.json one is required.
+
+    Without results.json the models are those whose evaluations have NLL of records.
+    """
     if not out.is_dir():
         raise MissingInputError(f"{out}: no such folder")
-    if not (out / "results.json").is_file():
-        raise MissingInputError(f"{out / 'results.json'}: no such file (h3scale demo --out {out} makes one)")
-    results = read_json(out / "results.json")
-    evaluations = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"))}
+    read = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"))}
+    evaluations = {name: entry for name, entry in read.items() if "nll" in entry or "suite" in entry}
+    if (out / "results.json").is_file():
+        results = read_json(out / "results.json")
+    elif evaluations:
+        results = {"models": {name: entry["nll"] for name, entry in evaluations.items() if "nll" in entry}}
+    else:
+        works = f"works: h3scale evaluate MODEL ... --out {out / 'evaluation'}, or h3scale demo --out {out}"
+        raise MissingInputError(f"{out}: no results.json and no evaluation/*.json of h3scale evaluate ({works})")
     main = _main_model(results, evaluations)
     router = evaluations.get(main, {}).get("router", {})
     return Findings(
         results=results,
         evaluations=evaluations,
         runs=_runs(out),
-        alignments=_alignments(results, router),
+        alignments=_alignments(results, evaluations, router),
         main=main,
         experts=[(expert["name"], expert["alignment"]) for expert in router.get("experts", [])],
     )
 
 
 def _main_model(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
-    models = results.get("models", {})
-    routed = [name for name in models if "router" in evaluations.get(name, {})]
-    return "fused" if "fused" in models else (routed or list(models) or [""])[-1]
+    """The fused one, the one that `h3scale evaluate` has set against the others, one with a router, or the last."""
+    names = list(results.get("models", {})) or list(evaluations)
+    entries = {name: evaluations.get(name, {}) for name in names}
+    compared = [name for name, entry in entries.items() if "paired" in entry or "paired" in entry.get("suite", {})]
+    routed = [name for name, entry in entries.items() if "router" in entry]
+    return "fused" if "fused" in results.get("models", {}) else (compared or routed or names or [""])[-1]
 
 
-def _alignments(results: dict[str, Any], router: dict[str, Any]) -> list[str]:
-    """The model's own order; else the usual one, then the alphabet."""
+def _alignments(results: dict[str, Any], evaluations: dict[str, dict[str, Any]], router: dict[str, Any]) -> list[str]:
+    """Those of the NLL, else of the suites; the model's own order, else the usual one, then the alphabet."""
     found = {alignment for model in results.get("models", {}).values() for alignment in model}
+    suites = [entry["suite"]["scores"] for entry in evaluations.values() if "suite" in entry]
+    found = found or {score["alignment"] for scores in suites for score in scores if score["alignment"]}
     first = [a for a in (*router.get("alignments", ()), *KNOWN_ALIGNMENTS) if a in found]
     return list(dict.fromkeys([*first, *sorted(found)]))
 

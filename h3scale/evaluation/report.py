@@ -1,4 +1,4 @@
-"""OUT/report.html and OUT/plots from what a demo or a study has measured."""
+"""OUT/report.html and OUT/plots from what `h3scale evaluate`, or a demo, has measured."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from h3scale.evaluation.report_plots import draw
 
 
 def report(out: Path) -> Path:
-    """Writes out/report.html and out/plots/*.png from out/results.json, out/evaluation and the runs' metrics.jsonl.
+    """Writes out/report.html and out/plots/*.png from out/results.json, out/evaluation/*.json and the runs' metrics.jsonl.
 
     The page is one file without scripts and without links to anywhere. What was not measured is left out of it. Gives
-    the page's path. Raises MissingInputError (66) without results.json, OutputError (73) when out cannot be written.
+    the page's path. Raises MissingInputError (66) without either of the first two, OutputError (73) when out cannot be written.
     """
     findings = read_findings(out)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from h3scale.evaluation.findings import Findings
 from h3scale.evaluation.report_plots import Picture
-from h3scale.evaluation.report_scores import scores_section
+from h3scale.evaluation.report_scores import scores_headline, scores_lead, scores_notes, scores_section
 from h3scale.evaluation.report_style import style_sheet
 from h3scale.evaluation.report_tables import (
     bare_figure,
@@ -25,6 +25,14 @@ from h3scale.evaluation.report_tables import (
 )
 
 SAMPLES_SHOWN = 3  # an alignment
+NLL = (
+    "NLL: sum over an alignment's records divided by its response tokens, end token included. Intervals: 2,000 bootstrap "
+    "resamples of records, percentiles, wider for few records; differences resample both models together."
+)
+PLACED = (
+    "A record is placed right when the alignment with the highest sum of the routers' log-probabilities, over all layers "
+    "and response tokens, is its own; general experts have no vote."
+)
 
 
 def render_page(findings: Findings, pictures: Mapping[str, Picture]) -> str:
@@ -64,9 +72,12 @@ def _header(findings: Findings) -> str:
     if exact:
         tiles.append((f"{mean_of(cell['exact'] for cell in exact.values()):.1%}", "generated answers that are exactly right"))
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in tiles)
+    shown = f'<div class="tiles">{shown}</div>\n' if shown else ""
+    of_suite = findings.suites and not models
+    headline, lead = (scores_headline, scores_lead) if of_suite else (_headline, _lead)
     return (
-        f'<header>\n<p class="eyebrow">h3scale report</p>\n<h1>{_headline(findings)}</h1>\n'
-        f'<p class="lead">{_lead(findings)}</p>\n<div class="tiles">{shown}</div>\n</header>\n'
+        f'<header>\n<p class="eyebrow">h3scale report</p>\n<h1>{headline(findings)}</h1>\n'
+        f'<p class="lead">{lead(findings)}</p>\n{shown}</header>\n'
     )
 
 
@@ -235,12 +246,6 @@ def _experts(findings: Findings, sample: Mapping[str, Any]) -> str:
 
 
 def _footer(findings: Findings) -> str:
-    notes = [escape(note) for note in findings.evaluation.get("notes", [])]
-    lines = [
-        "NLL: sum over an alignment's records divided by its response tokens, end token included. Intervals: 2,000 bootstrap "
-        "resamples of records, percentiles, wider for few records; differences resample both models together.",
-        "A record is placed right when the alignment with the highest sum of the routers' log-probabilities, over all layers "
-        "and response tokens, is its own; general experts have no vote.",
-        *notes,
-    ]
-    return "<footer>" + "".join(f"<p>{line}</p>" for line in lines) + "</footer>\n"
+    told = [NLL] * bool(findings.models) + [PLACED] * bool(findings.router)
+    lines = [*told, *map(escape, findings.evaluation.get("notes", [])), *scores_notes(findings)]
+    return "<footer>" + "".join(f"<p>{line}</p>" for line in lines) + "</footer>\n" if lines else ""

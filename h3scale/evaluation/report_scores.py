@@ -15,6 +15,37 @@ from h3scale.evaluation.score_plots import METRICS, Key, score_at, score_keys, t
 SIGNS = {True: "▲", False: "▼", None: ""}
 
 
+def scores_headline(findings: Findings) -> str:
+    """Of a page that has nothing but a suite: how often the main model is better and worse, beyond chance."""
+    name, told = shown_name(findings.main).capitalize(), _told(findings)
+    if not told:
+        return f"{name}: what it finds likely"
+    return f"{name} is better in {told.count(True)} of {len(told)} comparisons, worse in {told.count(False)}"
+
+
+def scores_lead(findings: Findings) -> str:
+    """What was measured on what, below the headline."""
+    suites = findings.suites
+    first = next(iter(suites.values()))
+    items = sum(len(entries) for entries in first["items"].values())
+    measured = f"Suite {escape(first['suite'])}: {len(score_keys(suites))} scores on {items:,} items"
+    if not _told(findings):
+        return f"{measured}."
+    return (
+        f"{measured}, of {len(suites)} models. A comparison is a score of {shown_name(findings.main)} and of one other model on "
+        "the same items; it counts where the 95% interval of the difference does not hold 0. Of differences that are none, one in "
+        "twenty looks like one."
+    )
+
+
+def scores_notes(findings: Findings) -> list[str]:
+    """What was cut or left out of a suite, once, with the models that it concerns."""
+    suites = findings.suites
+    found = dict.fromkeys(note for suite in suites.values() for note in suite["notes"])
+    concerned = {note: [shown_name(name) for name, suite in suites.items() if note in suite["notes"]] for note in found}
+    return [f"{', '.join(names)}: {escape(note)}" for note, names in concerned.items()]
+
+
 def scores_section(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     """Nothing without a suite."""
     if not findings.suites:
@@ -53,6 +84,12 @@ def _cell(score: Mapping[str, Any] | None, is_best: bool, verdict: str) -> str:
     interval = f"<small>{score['low']:.3f} to {score['high']:.3f}</small>"
     best = ' class="best"' if is_best else ""
     return f"<td{best}>{score['mean']:.3f} {verdict}{interval}</td>"
+
+
+def _told(findings: Findings) -> list[bool | None]:
+    """Of each difference to another model whether it is better (None: these items do not tell)."""
+    paired = findings.suites.get(findings.main, {}).get("paired", {})
+    return [one["better"] for differences in paired.values() for one in differences]
 
 
 def _verdict(findings: Findings, other: str, key: Key) -> str:

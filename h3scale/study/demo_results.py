@@ -7,14 +7,19 @@ from rich.console import Console
 from rich.table import Table
 
 from h3scale.checkpoint.shards import read_json, write_json
-from h3scale.errors import DataError, MissingInputError
 
 RIVALS = ("base", "helpful", "harmless", "honest", "mixture", "fused_init")  # the fused model is compared with each
 MADE = (*RIVALS, "fused")
 
 
+def can_assemble(out: Path) -> bool:
+    """Whether out/evaluation/fused.json has what results.json is about: NLL of records, and a router's part in it."""
+    path = out / "evaluation" / "fused.json"
+    return path.is_file() and {"nll", "router"} <= read_json(path).keys()
+
+
 def assemble(out: Path) -> dict[str, Any]:
-    """Reads out/evaluation/NAME.json and out/ablations, writes and gives out/results.json.
+    """Reads out/evaluation/NAME.json and out/ablations, writes and gives out/results.json. Only where `can_assemble` says so.
 
     `models`: NLL per response token by alignment, with 95% intervals. `router`: of the fused model, with the bag-of-words
     classifier and the router before training beside it. `paired`: mean NLL over the alignments of the fused model minus
@@ -22,11 +27,7 @@ def assemble(out: Path) -> dict[str, Any]:
     training with one thing changed.
     """
     evaluations = {path.stem: read_json(path) for path in sorted((out / "evaluation").glob("*.json"), key=_place)}
-    if "fused" not in evaluations:
-        raise MissingInputError(f"{out / 'evaluation' / 'fused.json'}: no such file (h3scale evaluate ... --out evaluation)")
     evaluations = {name: evaluation for name, evaluation in evaluations.items() if "nll" in evaluation}  # not of a suite alone
-    if "fused" not in evaluations:
-        raise DataError(f"{out / 'evaluation' / 'fused.json'}: has no NLL of records (h3scale evaluate ... --records FILE.jsonl)")
     ablations = {path.stem: read_json(path) for path in sorted((out / "ablations" / "evaluation").glob("*.json"))}
     ablations.pop("fused", None)  # it was evaluated there only to be compared with
     uniform = out / "ablations" / "uniform_router.json"

@@ -148,7 +148,9 @@ def test_held_out_figures_join_their_step_and_leave_the_pictures_as_they_are(tmp
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(MissingInputError, match=r"results\.json: no such file"):
+    (tmp_path / "evaluation").mkdir()
+    write_json(tmp_path / "evaluation" / "other.json", {"x": 1})
+    with pytest.raises(MissingInputError, match=r"no results\.json and no evaluation/\*\.json of h3scale evaluate \(works: "):
         report(tmp_path)
     with pytest.raises(MissingInputError, match="no such folder"):
         report(tmp_path / "nowhere")

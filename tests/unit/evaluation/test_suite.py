@@ -21,6 +21,7 @@ from h3scale.evaluation.report import report as write_report
 from h3scale.evaluation.run_suite import evaluate_suite
 from h3scale.evaluation.score import score
 from h3scale.evaluation.suite import Unit, load_suite, score_suite, work_of
+from h3scale.study.run import MARKER
 
 from .conftest import THREE, WORDS, make_dense, make_records, save, save_models
 from .fake import fake_out
@@ -307,11 +308,63 @@ def test_the_report_has_a_section_on_the_suite(tmp_path, whole):
     assert (out / "plots" / "scores.png").is_file()
 
 
-def test_a_report_of_a_suite_alone_says_what_is_missing(tmp_path, whole):
+def compared(task, metric, better):
+    return {"task": task, "metric": metric, "alignment": "honest", "mean": 0.1, "low": 0.05, "high": 0.2, "better": better}
+
+
+def test_a_report_of_a_suite_alone_has_its_scores_and_no_nll_of_records(tmp_path, whole):
+    """The last of the command is the main one, whatever its name; here it comes before the other in the alphabet."""
+    (tmp_path / "evaluation").mkdir()
+    told = [compared("which", "mc1", True), compared("which", "mc2", False), compared("which", "mc3", None)]
+    last = {**whole["base"], "paired": {"fused": told}, "notes": ["which: 1 of 48 items <was> cut"]}
+    for name, suite in (("base", last), ("fused", whole["fused"])):
+        (tmp_path / "evaluation" / f"{name}.json").write_text(json.dumps({"suite": suite}))
+    assert f"report: {tmp_path / 'report.html'}" in run(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>Base is better in 1 of 3 comparisons, worse in 1</h1>" in page
+    assert "Suite words: 9 scores on 104 items, of 2 models." in page
+    assert page.index(">fused</th>") < page.index(">base</th>")
+    other = score_of(whole["fused"], "which", "mc1", "honest")
+    assert f"{other['mean']:.3f} ▲<small>{other['low']:.3f} to {other['high']:.3f}</small>" in page
+    assert "<p>base: which: 1 of 48 items &lt;was&gt; cut</p>" in page
+    for absent in ("NLL: sum over", "A record is placed right", "Who knows the answers", "held-out records: ."):
+        assert absent not in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation", "plots", "report.html"]
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["scores.png"]
+
+
+def test_a_report_of_one_model_s_suite_compares_nothing(tmp_path, whole):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "fused.json").write_text(json.dumps({"suite": whole["fused"]}))
-    with pytest.raises(DataError, match=r"fused.json: has no NLL of records \(h3scale evaluate ... --records FILE.jsonl\)"):
+    run(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>Fused: what it finds likely</h1>" in page
+    assert "Suite words: 9 scores on 104 items.</p>" in page
+
+
+def test_a_report_of_models_of_any_names_needs_no_results_json(place, tmp_path):
+    data = ("--records", place / "data" / "records.jsonl", "--suite", place / "words.yaml", "--data", place / "data")
+    run(evaluate, place / "fused", place / "base", *data, "--out", tmp_path / "evaluation")
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")}
+    (tmp_path / "evaluation" / "fused.json").rename(tmp_path / "evaluation" / "moe.json")
+    text = (tmp_path / "evaluation" / "base.json").read_text()
+    (tmp_path / "evaluation" / "base.json").write_text(text.replace('"fused"', '"moe"'))
+    run(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for entry in (*found["base"]["nll"].values(), *found["fused"]["nll"].values()):
+        assert f">{entry['nll']:.3f}<small>{entry['low']:.3f} to {entry['high']:.3f}</small>" in page
+    assert "<h3>Base minus each other model, record by record</h3>" in page
+    assert "Scores without a judge" in page
+    assert "NLL: sum over" in page
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_study_has_a_page_of_its_own(tmp_path):
+    (tmp_path / MARKER).touch()
+    (tmp_path / "results.json").write_text(json.dumps({"models": [{"name": "base"}]}))
+    with pytest.raises(UsageError, match=rf"^{tmp_path}: is a study: open study.html there$"):
         run(report, tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
 def report_text(out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from h3scale.data.records import Record
     from h3scale.evaluation.evaluate import Options
-    from h3scale.evaluation.score import RecordScore
     from h3scale.evaluation.suite import LoadedSuite
 
 Models = Annotated[list[Path], typer.Argument(help="Model folders.", show_default=False)]
@@ -58,33 +57,43 @@ def evaluate(
     if ensemble:
         _evaluate_ensemble(models, out, suite, data, experts, force, bool(records) or router != "trained" or processes > 1)
         return
-    names = _names(models, out)
+    folders = dict(zip(_names(models, out), models, strict=True))
     from h3scale.checkpoint.shards import check_output
-    from h3scale.data.sources import read_records
     from h3scale.evaluation.evaluate import Options
-    from h3scale.evaluation.suite import load_suite
 
     check_output(out, force)
     options = Options(router, generate, tuple(exclude_source or ()), experts)
+    results = _score(folders, options, records, bag_train, suite, data, processes, _scored(out))
+    _finish(out, results, force)
+    target = f"{out}/" if len(models) > 1 else str(out)
+    picture = f"   picture: {_picture(out, len(models))}" if suite else ""
+    print(f"\nresults: {target}{picture}   next: h3scale generate {models[-1]} 'your prompt'")
+
+
+def _score(
+    folders: Mapping[str, Path],
+    options: Options,
+    records: Sequence[Path] | None,
+    bag_train: Sequence[Path] | None,
+    suite: str | None,
+    data: Path | None,
+    processes: int,
+    scored: Path,
+) -> dict[str, dict[str, Any]]:
+    """Results by name. All files are read before a model is."""
+    from h3scale.cli.evaluate_records import score_records
+    from h3scale.data.sources import read_records
+    from h3scale.evaluation.suite import load_suite
+
     loaded = load_suite(suite, data) if suite else None
     heldout = read_records(records) if records else []
     train = read_records(bag_train) if bag_train else []
-    folders = dict(zip(names, models, strict=True))
-    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    results: dict[str, dict[str, Any]] = {name: {} for name in folders}
     if heldout:
-        results, scores = _evaluate_all(folders, heldout, train, options)
-        paired = _paired(scores)
-        if paired:
-            results[names[-1]]["paired"] = paired
-    scored = out.with_name(f"{out.name}.scored")
+        results = score_records(folders, heldout, train, options)
     if loaded:
         _add_suite(results, loaded, folders, options, processes, scored)
-    _write(out, results, force)
-    shutil.rmtree(scored, ignore_errors=True)
-    _show(results)
-    target = f"{out}/" if len(models) > 1 else str(out)
-    picture = f"   picture: {_picture(out, len(models))}" if loaded else ""
-    print(f"\nresults: {target}{picture}   next: h3scale generate {models[-1]} 'your prompt'")
+    return results
 
 
 def _evaluate_ensemble(
@@ -99,9 +108,8 @@ def _evaluate_ensemble(
     from h3scale.evaluation.ensemble import evaluate_ensemble
     from h3scale.evaluation.suite import load_suite
 
-    results = {out.stem: {"suite": evaluate_ensemble(load_suite(suite, data), list(models), experts)}}
-    _write(out, results, force)
-    _show(results)
+    suite_result = evaluate_ensemble(load_suite(suite, data), list(models), experts)
+    _finish(out, {out.stem: {"suite": suite_result}}, force)
     print(f"\nresults: {out}   picture: {_picture(out, 1)}")
 
 
@@ -125,8 +133,6 @@ def _add_suite(
     scored: Path,
 ) -> None:
     """Adds `suite` to each model's result, and `paired` to the last one's: its differences to each other, by score."""
-    from dataclasses import asdict
-
     from h3scale.evaluation.measures import differences
     from h3scale.evaluation.run_suite import evaluate_suite
 
@@ -137,6 +143,18 @@ def _add_suite(
     paired = {name: [asdict(one) for one in differences(found[last]["items"], found[name]["items"])] for name in others}
     if paired:
         found[last]["paired"] = paired
+
+
+def _scored(out: Path) -> Path:
+    """What remembers the scored items until all is done."""
+    return out.with_name(f"{out.name}.scored")
+
+
+def _finish(out: Path, results: Mapping[str, dict[str, Any]], force: bool) -> None:
+    """The results are written and shown; what was remembered for going on is no longer needed."""
+    _write(out, results, force)
+    shutil.rmtree(_scored(out), ignore_errors=True)
+    _show(results)
 
 
 def _picture(out: Path, num_models: int) -> Path:
@@ -156,49 +174,6 @@ def _names(models: Sequence[Path], out: Path) -> list[str]:
     if twice:
         raise UsageError(f"two models have the folder name '{twice[0]}' (rename one, or evaluate them one by one)")
     return names
-
-
-def _evaluate_all(
-    models: Mapping[str, Path], heldout: Sequence[Record], train: Sequence[Record], options: Any
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[RecordScore]]]:
-    """Results and record scores by name; models are in memory one at a time, records encoded once a tokenizer."""
-    from h3scale.checkpoint.shards import TOKENIZER_FILES
-    from h3scale.data.encode import encode_records
-    from h3scale.evaluation.bag import bag_accuracy
-    from h3scale.evaluation.evaluate import evaluate_model, open_model
-
-    encodings: dict[tuple[bytes, ...], tuple[Any, Any]] = {}
-    results, scores = {}, {}
-    for name, folder in models.items():
-        model, tokenizer = open_model(folder, options.experts)
-        key = tuple((folder / file).read_bytes() if (folder / file).is_file() else b"" for file in TOKENIZER_FILES)
-        if key not in encodings:
-            encoded = encode_records(tokenizer, heldout)
-            encodings[key] = encoded, bag_accuracy(encode_records(tokenizer, train), encoded) if train else None
-        encoded, bag = encodings[key]
-        results[name], found = evaluate_model(model, tokenizer, encoded, options, what=f"score {name}")
-        scores[name] = found.records
-        if bag:
-            results[name]["bag"] = bag
-    return results, scores
-
-
-def _paired(scores: Mapping[str, Sequence[RecordScore]]) -> dict[str, dict[str, float]]:
-    """The last model minus each other one, below 0 where the last is better; without models of another tokenizer."""
-    from dataclasses import asdict
-
-    from h3scale.errors import DataError
-    from h3scale.evaluation.score import paired_difference
-    from h3scale.log import logger
-
-    *others, last = scores
-    found = {}
-    for other in others:
-        try:
-            found[other] = asdict(paired_difference(scores[last], scores[other]))
-        except DataError as error:
-            logger.warning("%s and %s: %s", last, other, error)
-    return found
 
 
 def _write(out: Path, results: Mapping[str, Any], force: bool) -> None:
@@ -229,84 +204,16 @@ def _draw(results: Mapping[str, dict[str, Any]], path: Path) -> None:
 
 
 def _show(results: Mapping[str, dict[str, Any]]) -> None:
-    """NLL of models x alignments with the best of each column in bold, the shares, the paired differences; then the suite."""
+    """What was found on records, then the suite."""
     from rich.console import Console
 
+    from h3scale.cli.evaluate_records import show_records
     from h3scale.cli.evaluate_scores import show_scores
 
     console = Console(highlight=False)
     of_records = {name: result for name, result in results.items() if "nll" in result}
     if of_records:
-        _show_records(console, of_records)
+        show_records(console, of_records)
     suites = {name: result["suite"] for name, result in results.items() if "suite" in result}
     if suites:
         show_scores(console, suites)
-
-
-def _show_records(console: Any, results: Mapping[str, dict[str, Any]]) -> None:
-    _show_nll(console, "NLL per response token, 95% interval; lower is better", results)
-    for text in next(iter(results.values())).get("without", {}):
-        rest = {name: result["without"][text] for name, result in results.items()}
-        _show_nll(console, f"The same without the records whose source says '{text}'", rest)
-    _show_shares(console, results)
-    for name, result in results.items():
-        for other, d in result.get("paired", {}).items():
-            verdict = "better" if d["high"] < 0 else "worse" if d["low"] > 0 else "no difference that these records show"
-            interval = f"{d['mean']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})"
-            console.print(f"{name} minus {other}, mean NLL: {interval}: {verdict}", soft_wrap=True)
-        for note in result["notes"]:
-            console.print(f"{name}: note: {note}", soft_wrap=True)
-
-
-def _table(title: str, alignments: Sequence[str]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("")
-    for alignment in (*alignments, "mean"):
-        table.add_column(alignment, justify="right")
-    return table
-
-
-def _show_nll(console: Any, title: str, results: Mapping[str, dict[str, Any]]) -> None:
-    alignments = list(dict.fromkeys(a for result in results.values() for a in result["nll"]))
-    if not alignments:
-        return
-    table = _table(title, alignments)
-    rows = {}
-    for name, result in results.items():
-        entries = [result["nll"][alignment] for alignment in alignments]
-        cells = [(e["nll"], f"\n[dim]{e['low']:.3f} to {e['high']:.3f}[/]") for e in entries]
-        rows[name] = [*cells, (sum(value for value, _ in cells) / len(cells), "")]
-    best = [min(row[column][0] for row in rows.values()) for column in range(len(alignments) + 1)]
-    for name, row in rows.items():
-        marked = zip(row, best, strict=True)
-        table.add_row(
-            name, *[f"[bold]{value:.3f}[/]{rest}" if value == low else f"{value:.3f}{rest}" for (value, rest), low in marked]
-        )
-    console.print(table)
-
-
-def _show_shares(console: Any, results: Mapping[str, dict[str, Any]]) -> None:
-    """Router accuracy, the bag of words beside it, exact match: what is a share of the records of an alignment."""
-    rows: dict[str, dict[str, float]] = {}
-    for name, result in results.items():
-        if "router" in result:
-            rows[f"{name}: router, by record"] = result["router"]["accuracy"]
-            rows[f"{name}: router, by token"] = result["router"]["per_token"]["accuracy"]
-            rows[f"{name}: router, last prompt token"] = result["router"]["last_prompt_token"]["accuracy"]
-    for result in results.values():
-        if "bag" in result:
-            rows["bag of words, by record"] = result["bag"]["accuracy"]
-    for name, result in results.items():
-        if "exact_match" in result:
-            rows[f"{name}: exact match"] = {a: entry["exact"] for a, entry in result["exact_match"].items()}
-    alignments = list(dict.fromkeys(alignment for row in rows.values() for alignment in row))
-    if not alignments:
-        return
-    table = _table("Right answers", alignments)
-    for name, row in rows.items():
-        shares = [f"{row[a]:.1%}" if a in row else "" for a in alignments]
-        table.add_row(name, *shares, f"{sum(row.values()) / len(row):.1%}" if row else "")
-    console.print(table)

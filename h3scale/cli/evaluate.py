@@ -108,7 +108,7 @@ def _evaluate_ensemble(
     from h3scale.evaluation.ensemble import evaluate_ensemble
     from h3scale.evaluation.suite import load_suite
 
-    suite_result = evaluate_ensemble(load_suite(suite, data), list(models), experts)
+    suite_result = evaluate_ensemble(load_suite(suite, data), list(models), experts, _scored(out))
     _finish(out, {out.stem: {"suite": suite_result}}, force)
     print(f"\nresults: {out}   picture: {_picture(out, 1)}")
 

@@ -5,6 +5,7 @@ same distribution: the product of the models' probabilities to the power of 1 / 
 probabilities would be another one.)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from torch import nn
 
 from h3scale.errors import DataError
 from h3scale.evaluation.evaluate import open_model
-from h3scale.evaluation.suite import LoadedSuite, score_suite
+from h3scale.evaluation.journal import kept
+from h3scale.evaluation.run_suite import Asking, Scored, finished, tokenizer_of, work_for
+from h3scale.evaluation.suite import LoadedSuite, Unit, score_unit
 
 
 class Ensemble(nn.Module):
@@ -31,11 +34,23 @@ class Ensemble(nn.Module):
         return SimpleNamespace(logits=torch.stack(logits).mean(0))
 
 
-def evaluate_ensemble(loaded: LoadedSuite, folders: list[Path], experts: str = "auto") -> dict[str, Any]:
-    """The suite's result of the models together. DataError (65) where their tokenizers differ."""
-    opened = [open_model(folder, experts) for folder in folders]
-    first = opened[0][1].get_vocab()
-    for folder, (_, tokenizer) in zip(folders, opened, strict=True):
-        if tokenizer.get_vocab() != first:
+def evaluate_ensemble(
+    loaded: LoadedSuite, folders: Sequence[Path], experts: str = "auto", journal: Path | None = None
+) -> dict[str, Any]:
+    """The suite's result of the models together, in one process; `journal` as in `evaluate_suite`.
+
+    DataError (65) where their tokenizers differ.
+    """
+    first, *others = (tokenizer_of(folder).get_vocab() for folder in folders)
+    for folder, vocab in zip(folders[1:], others, strict=True):
+        if vocab != first:
             raise DataError(f"{folder}: its tokenizer is not that of {folders[0]} (an ensemble adds up logits of the same tokens)")
-    return score_suite(Ensemble([model for model, _ in opened]).eval(), opened[0][1], loaded)
+
+    def scored(left: Sequence[Unit]) -> Scored:
+        model = Ensemble([open_model(folder, experts)[0] for folder in folders]).eval()
+        for unit in left:
+            yield unit, score_unit(model, unit, loaded.suite.tasks[unit.task])
+
+    known = "+".join(Asking(folder, experts=experts).key() for folder in folders)
+    with kept(journal) as notes:
+        return finished(loaded, work_for(loaded, folders[0]), "ensemble", known, scored, notes)

@@ -4,11 +4,19 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from h3scale.errors import OutputError, StorageError
+
+
+@contextmanager
+def kept(folder: Path | None) -> Iterator["Journal"]:
+    """The journal in a folder; in one that is soon gone where none is given."""
+    with TemporaryDirectory() if folder is None else nullcontext(str(folder)) as place:
+        yield Journal(Path(place))
 
 
 class Journal:

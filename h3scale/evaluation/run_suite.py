@@ -4,14 +4,13 @@ import hashlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,13 +20,15 @@ from h3scale.checkpoint.shards import ModelFolder
 from h3scale.config.suite import Suite
 from h3scale.errors import PeerLostError
 from h3scale.evaluation.evaluate import Options, open_model
-from h3scale.evaluation.journal import Journal
+from h3scale.evaluation.journal import Journal, kept
 from h3scale.evaluation.routing import route_for
 from h3scale.evaluation.score import longest
-from h3scale.evaluation.suite import LoadedSuite, Unit, result_of, score_unit, work_of
+from h3scale.evaluation.suite import LoadedSuite, Unit, Work, result_of, score_unit, work_of
 from h3scale.log import progress
 from h3scale.model.experts import ExpertMap
 from h3scale.model.start import load_tokenizer
+
+Scored = Iterator[tuple[Unit, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ def evaluate_suite(
     `open_model`, `work_of` and `route_for` raise.
     """
     Options(router)  # refuses a mode that is none
-    with TemporaryDirectory() if journal is None else nullcontext(str(journal)) as folder, _pool(processes) as pool:
-        notes = Journal(Path(folder))
+    with kept(journal) as notes, _pool(processes) as pool:
         return {name: _evaluated(loaded, Asking(Path(model), router, experts), name, pool, notes) for name, model in models.items()}
 
 
@@ -84,24 +84,39 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor | None]:
 def _evaluated(
     loaded: LoadedSuite, asking: Asking, name: str, pool: ProcessPoolExecutor | None, journal: Journal
 ) -> dict[str, Any]:
-    _ = ModelFolder(asking.folder).specs  # its findings are clearer than transformers'
-    config = AutoConfig.from_pretrained(str(asking.folder), local_files_only=True, trust_remote_code=False)
-    work = work_of(load_tokenizer(asking.folder), loaded, longest(config))
-    known = asking.key()
+    def scored(left: Sequence[Unit]) -> Scored:
+        return _elsewhere(pool, asking, loaded.suite, left) if pool else _here(asking, loaded.suite, left)
+
+    return finished(loaded, work_for(loaded, asking.folder), name, asking.key(), scored, journal)
+
+
+def work_for(loaded: LoadedSuite, folder: Path) -> Work:
+    """The suite as a model folder's tokenizer and length have it."""
+    tokenizer = tokenizer_of(folder)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    return work_of(tokenizer, loaded, longest(config))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """A model folder's tokenizer. Raises what ModelFolder does."""
+    _ = ModelFolder(folder).specs  # its findings are clearer than transformers'
+    return load_tokenizer(folder)
+
+
+def finished(
+    loaded: LoadedSuite, work: Work, name: str, known: str, score: Callable[[Sequence[Unit]], Scored], journal: Journal
+) -> dict[str, Any]:
+    """The result when all units are scored: by `score` those that the journal does not have of the model that is `known` there."""
     done = journal.read()
     left = [unit for unit in work.units if f"{known}-{unit.key}" not in done]
     if left:
         total = sum(len(unit.items) for unit in left)
-        scored = _elsewhere(pool, asking, loaded.suite, left) if pool else _here(asking, loaded.suite, left)
         with progress(f"score {name}", total, "items") as bar, journal.writer() as writer:
-            for unit, values in scored:
+            for unit, values in score(left):
                 done[f"{known}-{unit.key}"] = values
                 writer.add(f"{known}-{unit.key}", values)
                 bar.advance(len(unit.items))
     return result_of(loaded, work, {unit.key: done[f"{known}-{unit.key}"] for unit in work.units})
-
-
-Scored = Iterator[tuple[Unit, list[float]]]
 
 
 def _here(asking: Asking, suite: Suite, units: Sequence[Unit]) -> Scored:

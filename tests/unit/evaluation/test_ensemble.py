@@ -10,8 +10,11 @@ import torch
 import yaml
 
 from h3scale.cli.evaluate import evaluate
+from h3scale.data.records import write_records
 from h3scale.errors import DataError, UsageError
+from h3scale.evaluation import ensemble
 from h3scale.evaluation.ensemble import Ensemble, evaluate_ensemble
+from h3scale.evaluation.journal import Journal
 from h3scale.evaluation.run_suite import evaluate_suite
 from h3scale.evaluation.suite import LoadedSuite, load_suite
 
@@ -20,8 +23,6 @@ from .conftest import THREE, make_dense, make_records, save
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    from h3scale.data.records import write_records
-
     folder = tmp_path_factory.mktemp("ensemble")
     for number in (1, 2):
         save(make_dense(tokenizer, number), tokenizer, folder / f"model-{number}")
@@ -64,6 +65,43 @@ def test_the_verb_writes_one_result_and_two_models_are_neither(place: Path, load
     for name in alone:
         assert both["scores"] != alone[name]["scores"]
         assert both["items"]["known"][0]["tokens"] == alone[name]["items"]["known"][0]["tokens"]
+
+
+def test_an_interrupted_ensemble_goes_on_to_the_same_bits(place: Path, tmp_path: Path, monkeypatch) -> None:
+    """More records than a unit; the second unit is interrupted, and is all that the same command scores."""
+    write_records(tmp_path / "records.jsonl", make_records(THREE.alignments, 12))
+    (tmp_path / "suite.yaml").write_text((place / "suite.yaml").read_text())
+    folders, more = [place / "model-1", place / "model-2"], {"suite": str(tmp_path / "suite.yaml"), "ensemble": True}
+    evaluate(folders, tmp_path / "whole.json", **more)
+    scored, real = [], ensemble.score_unit
+
+    def score_unit(model, unit, task):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(unit.key)
+        return real(model, unit, task)
+
+    monkeypatch.setattr(ensemble, "score_unit", score_unit)
+    out = tmp_path / "both.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folders, out, **more)
+    assert len(Journal(tmp_path / "both.json.scored").read()) == 1
+    again = []
+    monkeypatch.setattr(ensemble, "score_unit", lambda model, unit, task: (again.append(unit.key), real(model, unit, task))[1])
+    evaluate(folders, out, **more)
+    assert len(again) == 1
+    assert again != scored
+    assert out.read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not (tmp_path / "both.json.scored").exists()
+
+
+def test_what_is_remembered_is_of_these_models_in_this_order(place: Path, loaded: LoadedSuite, tmp_path: Path) -> None:
+    one, two = place / "model-1", place / "model-2"
+    both = evaluate_ensemble(loaded, [one, two], journal=tmp_path)
+    alone = evaluate_suite(loaded, {"one": one}, journal=tmp_path)["one"]
+    assert alone == evaluate_suite(loaded, {"one": one})["one"]
+    assert evaluate_ensemble(loaded, [one, one], journal=tmp_path)["scores"] != both["scores"]
+    assert len(Journal(tmp_path).read()) == 3
 
 
 def test_what_cannot_be_added_up_is_refused(place: Path, loaded: LoadedSuite, tmp_path: Path, tokenizer) -> None:

@@ -2,6 +2,7 @@
 # make test   the tests (make test-all: all of them in full counts; make check: linters, types, import contract)
 # Both begin with make setup: a virtual environment in .venv with the pinned packages.
 # make megablocks       MegaBlocks, for recipes that ask for it (docs/experts.md); make test-megablocks tests it on the CPU
+# make test-lm-eval     the scores of suites against lm-evaluation-harness, which it installs beside the packages of .venv
 #
 # PYTHON       the Python to use (3.11 or newer)
 # TORCH_INDEX  where torch comes from, when it is not your default index (for a CPU build, say)
@@ -14,12 +15,13 @@ OUT ?= demo-out
 VENV ?= .venv
 MEGABLOCKS = megablocks==0.10.0 stanford-stk==0.7.1
 TRITON = triton==3.9.0
+LM_EVAL = lm_eval==0.4.13
 WORKERS ?= 2
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
 PIP = .venv/bin/python $(PIP_INSTALL)
 CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
 
-.PHONY: setup demo test test-all megablocks test-megablocks check format clean
+.PHONY: setup demo test test-all megablocks test-megablocks lm-eval test-lm-eval check format clean
 
 setup: .venv/ready
 
@@ -34,10 +36,10 @@ demo: setup
 	.venv/bin/h3scale demo --out $(OUT)
 
 test: setup
-	$(CPU) .venv/bin/python -m pytest --numprocesses $(WORKERS) -m 'not slow and not gpu and not megablocks'
+	$(CPU) .venv/bin/python -m pytest --numprocesses $(WORKERS) -m 'not slow and not gpu and not megablocks and not lm_eval'
 
 test-all: setup
-	$(CPU) .venv/bin/python -m pytest --numprocesses $(WORKERS) -m 'not gpu and not megablocks'
+	$(CPU) .venv/bin/python -m pytest --numprocesses $(WORKERS) -m 'not gpu and not megablocks and not lm_eval'
 
 # Without its pins, which name an old torch. Its compiled extension does not build with CUDA 13: without a GPU in sight it is not
 # tried (h3scale has it in plain torch), and a list of architectures keeps the build from looking for one. GPU builds of torch bring
@@ -52,6 +54,15 @@ test-megablocks:
 	$(MAKE) megablocks VENV=.venv-megablocks
 	$(CPU) TRITON_INTERPRET=1 .venv-megablocks/bin/python -m pytest -m megablocks tests/megablocks
 
+# In an environment of its own: h3scale has no need of the thirty packages that it brings.
+lm-eval:
+	test -d .venv-lm-eval || .venv/bin/python -m venv --without-pip .venv-lm-eval
+	ls -d $(CURDIR)/.venv/lib/python3*/site-packages > $$(ls -d .venv-lm-eval/lib/python3*/site-packages)/shared.pth
+	.venv-lm-eval/bin/python $(PIP_INSTALL) --constraint constraints.txt $(LM_EVAL)
+
+test-lm-eval: lm-eval
+	$(CPU) .venv-lm-eval/bin/python -m pytest -m lm_eval tests/parity
+
 check: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -64,4 +75,4 @@ format: setup
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv .venv-megablocks demo-out
+	rm -rf .venv .venv-megablocks .venv-lm-eval demo-out

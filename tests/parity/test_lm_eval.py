@@ -1,10 +1,7 @@
-"""Suites against lm-evaluation-harness: the package where it is installed, and everywhere its definitions written down plainly.
-
-To run the first, in an environment of its own that sees this one's packages (`pip install lm_eval==0.4.13`):
-`python -m pytest tests/parity/test_lm_eval.py`.
-"""
+"""Suites against lm-evaluation-harness: the package (make test-lm-eval), and everywhere its definitions written down plainly."""
 
 import json
+import os
 from importlib.util import find_spec
 
 import numpy as np
@@ -115,7 +112,10 @@ def test_scores_are_what_the_harness_defines(model, tokenizer, tmp_path, templat
     assert all(0.02 < value < 0.98 for value in means.values())  # neither all right nor all wrong: there is something to see
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed (see the file's first lines)")
+@pytest.mark.lm_eval
+@pytest.mark.skipif(
+    find_spec("lm_eval") is None and os.environ.get("CI") != "true", reason="lm_eval is not installed (make test-lm-eval)"
+)
 def test_scores_equal_lm_evaluation_harness(model, tokenizer, tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -134,7 +134,8 @@ def test_scores_equal_lm_evaluation_harness(model, tokenizer, tmp_path):
         (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def task(name, file, **more):
-        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(tmp_path / f"{file}.json")}}}
+        files = {"validation": str(tmp_path / f"{file}.json")}
+        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
         metrics = {
             "metric_list": [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in more.pop("metrics")]
         }

@@ -111,9 +111,8 @@ def _run(task: Task, number: int, out: Path, lock: int | None) -> None:
         code = process.wait()
     if code or not (out / task.makes[0]).exists():
         code = code or 70
-        failure = H3Error(
-            f"step {number} ended with exit code {code}: {shlex.join(task.command)} (the same h3scale study goes on here)"
-        )
+        how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+        failure = H3Error(f"step {number} {how}: {shlex.join(task.command)} (the same h3scale study goes on here)")
         failure.exit_code = code if code > 0 else 128 - code
         raise failure
 

@@ -58,16 +58,6 @@ def train(recipe: TrainRecipe, where: str, options: Options | None = None) -> Pa
             return training.keeper.finish()
 
 
-
-
-
-
-
-
-
-
-
-
 def steps_of_run(t: Training, asked: Asked) -> None:
     """All optimizer steps of the recipe that are left, or those up to the one at which it has diverged.
 
@@ -205,10 +195,6 @@ def diverged(t: Training) -> DivergedError:
         f"{good} is in {kept}, the records are in {kept.parent / skips.path.name} (works: a lower optimizer.learning_rate than "
         f"{t.recipe.optimizer.learning_rate:g}, a longer optimizer.warmup_share, or without those records)"
     )
-
-
-
-
 
 
 def _known(t: Training, batch: GlobalBatch, share: float) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from h3scale.train.router_terms import RouterTerms
 
 TOKENS = 32  # of one program: 8,192 tokens are twice as many programs as an H100 has multiprocessors
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-SCALARS = ("loss", "router", "router_z", "router_balance")  # the first numbers of what a program finds
+# What a program finds, in this order; then the tokens of each layer and expert, and the first choices.
+SCALARS = ("loss", "router", "router_z", "router_balance")
+BY_ALIGNMENT = ("votes_A", "routed_A", "router_A")
 
 
 def fused_terms(
@@ -35,9 +37,12 @@ def fused_terms(
     loss, found = _Fused.apply(logits_LTE, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
     (num_layers, _, num_experts), num_alignments = logits_LTE.shape, len(member_AE)
     table = num_layers * num_experts
-    scalars, routed, tokens, chosen = found.split([len(SCALARS), 3 * num_alignments, table, table])
-    sums = dict(zip(SCALARS[1 : 3 if shares_LE is None else 4], scalars[1:], strict=False))
-    sums |= dict(zip(("votes_A", "routed_A", "router_A"), routed.view(3, -1), strict=True))
+    scalars, routed, tokens, chosen = found.split([len(SCALARS), len(BY_ALIGNMENT) * num_alignments, table, table])
+    sums = dict(zip(SCALARS[1:], scalars[1:], strict=True)) | dict(
+        zip(BY_ALIGNMENT, routed.view(len(BY_ALIGNMENT), -1), strict=True)
+    )
+    if shares_LE is None:
+        del sums["router_balance"]
     sums["tokens_per_expert_LE"] = tokens.view(num_layers, num_experts)
     return RouterTerms(loss, sums, None if shares_LE is None else chosen.view(num_layers, num_experts))
 
@@ -58,7 +63,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         num_layers, num_tokens, num_experts = logits_LTE.shape
         num_programs = triton.cdiv(num_tokens, TOKENS)
-        num_found = len(SCALARS) + 3 * len(member_AE) + 2 * num_layers * num_experts
+        num_found = len(SCALARS) + len(BY_ALIGNMENT) * len(member_AE) + 2 * num_layers * num_experts
         found_PN = torch.empty(num_programs, num_found, dtype=torch.float32, device=logits_LTE.device)
         has_gradient = ctx.needs_input_grad[0]
         gradient_LTE = torch.empty_like(logits_LTE, dtype=torch.float32) if has_gradient else found_PN

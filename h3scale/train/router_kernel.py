@@ -63,7 +63,8 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         num_layers, num_tokens, num_experts = logits_LTE.shape
         num_programs = triton.cdiv(num_tokens, TOKENS)
-        num_found = len(SCALARS) + len(BY_ALIGNMENT) * len(member_AE) + 2 * num_layers * num_experts
+        table = num_layers * num_experts
+        num_found = len(SCALARS) + len(BY_ALIGNMENT) * len(member_AE) + 2 * table
         found_PN = torch.empty(num_programs, num_found, dtype=torch.float32, device=logits_LTE.device)
         has_gradient = ctx.needs_input_grad[0]
         gradient_LTE = torch.empty_like(logits_LTE, dtype=torch.float32) if has_gradient else found_PN

@@ -58,10 +58,11 @@ def traits_of(delta: Delta, options: Resm) -> Traits:
     mean = total / count
     threshold = mean + options.outlier_kappa * math.sqrt(max(squares / count - mean * mean, 0.0))
     below = max(0.0, float(np.nextafter(np.float32(options.sparsity_threshold * most), np.float32(-1))))
-    outside, num_dense, counted_X = 0.0, 0, None
+    outside, num_dense, room_X = 0.0, 0, None
     for sizes_X in magnitudes(delta):
-        counted_X = torch.empty_like(sizes_X) if counted_X is None else counted_X[: len(sizes_X)]
-        num_dense += int(torch.gt(sizes_X, below, out=counted_X).sum())  # as numbers: truth values take five times as long to count
+        room_X = torch.empty_like(sizes_X) if room_X is None else room_X  # of the first block, which is the largest
+        counted_X = torch.gt(sizes_X, below, out=room_X[: len(sizes_X)])  # as numbers: truth values take five times as long to count
+        num_dense += int(counted_X.sum())
         outside += float(torch.threshold_(sizes_X, threshold, 0.0).sum())
     return Traits(threshold, outside / total if total else 0.0, num_dense)
 

@@ -1,13 +1,17 @@
 """Selection, chance and spectra by themselves."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from h3scale.config.merge import Resm
 from h3scale.merge.chance import chances
 from h3scale.merge.delta import LowRank, Unread, dense, magnitudes
+from h3scale.merge.resm import traits_of
 from h3scale.merge.select import largest
 from h3scale.merge.spectrum import BLOCK, gram, joined, orthogonal_together, top_triplets
 from tests.unit.merge.oracle import side_by_side, svd
@@ -104,3 +108,15 @@ def test_each_magnitude_of_a_product_is_seen_once(shape: tuple[int, int]) -> Non
     for delta in (factors, factors.dense()):
         found = torch.cat([block.clone() for block in magnitudes(delta)]).sort().values
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1100, 300), (300, 1100)])
+def test_entries_of_a_product_are_counted_in_blocks_of_unlike_sizes(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = LowRank(torch.randn(shape[0], 3, generator=generator), torch.randn(3, shape[1], generator=generator))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of an output that it has to make larger
+        found = traits_of(factors, Resm())
+    sizes = factors.dense().abs()
+    assert found.num_dense == pytest.approx(int((sizes >= 0.01 * sizes.max()).sum()), abs=2)  # products of other sizes round otherwise
+    assert found.outlier_share == pytest.approx(float(sizes[sizes > found.threshold].sum() / sizes.sum()), rel=1e-3)

@@ -4,7 +4,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import overload
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from h3scale.checkpoint.extents import Stored
 from h3scale.checkpoint.folder_extents import stored_tensors
 from h3scale.errors import DataError
-from h3scale.fusion.scratch import Scratch
+from h3scale.fusion.scratch import Latest, Scratch
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
 from h3scale.merge.delta import BLOCK_VALUES, Delta, LowRank, Pair, Unread, dense, rows_of
 
@@ -87,7 +87,7 @@ class Parents:
         return len(stored) == len(self.labels) + 1 and all(each.dtype.itemsize == _SHORT_BYTES for each in stored)
 
     def sum_of(self, name: str, numbers: Sequence[float]) -> Rows:
-        """Rows of the sum of base and models, each times its number; one pass over each whose number is not 0.
+        """Rows of the sum of base and models, each times its number, on the CPU; one pass over each whose number is not 0.
 
         What rows are in is used again for the next ones.
         """
@@ -99,13 +99,13 @@ class Parents:
             shape = (stop - start, *self.stored_base[name].shape[1:]) if self.stored_base[name].shape else ()
             total, part = (self.scratch.take(use, shape, torch.float32, self.device) for use in ("sum", "part"))
             if not parts:
-                return total.zero_()
+                return total.zero_().cpu()
             total.copy_(parts[0][0])
             if parts[0][1] != 1:
                 total.mul_(parts[0][1])
             for values, number in parts[1:]:
                 total.add_(part.copy_(values), alpha=number)  # adding 16 bits to fp32 would convert them into new memory
-            return total
+            return total.cpu()
 
         return rows
 
@@ -116,7 +116,7 @@ class Parents:
         """
         source = self.models[self.labels[model]]
         if isinstance(source, AdapterSource):
-            return self._of_adapter(source, name)
+            return self._factors.get(name, model, partial(self._of_adapter, source, name))  # blocks ask again and again
         stored = self.stored[model][name]
         if len(stored.shape) == 2:
             return Unread(stored.shape, self.device, self._reader(name, stored))
@@ -183,6 +183,10 @@ class Parents:
     @cached_property
     def scratch(self) -> Scratch:
         return Scratch()
+
+    @cached_property
+    def _factors(self) -> Latest[Delta]:
+        return Latest()
 
     @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:

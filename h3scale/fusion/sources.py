@@ -80,7 +80,6 @@ class AdapterSource:
     def __init__(self, label: str, path: Path, base: ModelFolder):
         self.label, self.path, self.base = label, path, base
         self.adapter = Adapter(path)
-        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.adapter.check({name: spec.shape for name, spec in base.specs.items()}, base.path)
         if self.adapter.embeddings:
             raise DataError(
@@ -99,11 +98,9 @@ class AdapterSource:
         return (values.float() + back @ low_rank * self.adapter.scale(name)).to(values.dtype)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """scale B (out, r) and A (r, in) of a tensor that it changes, in fp32; rows of it are asked for again and again."""
-        if name not in self._factors:
-            low_rank_RI, back_OR = (self.adapter.pairs[name][part].values().float() for part in "AB")
-            self._factors[name] = back_OR * self.adapter.scale(name), low_rank_RI
-        return self._factors[name]
+        """scale B (out, r) and A (r, in) of a tensor that it changes, in fp32, read now."""
+        low_rank_RI, back_OR = (self.adapter.pairs[name][part].values().float() for part in "AB")
+        return back_OR * self.adapter.scale(name), low_rank_RI
 
     def changed(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.adapter.pairs]

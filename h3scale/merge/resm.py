@@ -61,7 +61,9 @@ def traits_of(delta: Delta, options: Resm) -> Traits:
     outside, num_dense, room_X = 0.0, 0, None
     for sizes_X in magnitudes(delta):
         room_X = torch.empty_like(sizes_X) if room_X is None else room_X  # of the first block, which is the largest
-        counted_X = torch.gt(sizes_X, below, out=room_X[: len(sizes_X)])  # as numbers: truth values take five times as long to count
+        counted_X = torch.gt(
+            sizes_X, below, out=room_X[: len(sizes_X)]
+        )  # as numbers: truth values take five times as long to count
         num_dense += int(counted_X.sum())
         outside += float(torch.threshold_(sizes_X, threshold, 0.0).sum())
     return Traits(threshold, outside / total if total else 0.0, num_dense)

@@ -118,5 +118,7 @@ def test_entries_of_a_product_are_counted_in_blocks_of_unlike_sizes(shape: tuple
         warnings.simplefilter("error")  # torch warns of an output that it has to make larger
         found = traits_of(factors, Resm())
     sizes = factors.dense().abs()
-    assert found.num_dense == pytest.approx(int((sizes >= 0.01 * sizes.max()).sum()), abs=2)  # products of other sizes round otherwise
+    assert found.num_dense == pytest.approx(
+        int((sizes >= 0.01 * sizes.max()).sum()), abs=2
+    )  # products of other sizes round otherwise
     assert found.outlier_share == pytest.approx(float(sizes[sizes > found.threshold].sum() / sizes.sum()), rel=1e-3)

@@ -87,7 +87,7 @@ class ModelFolder:
             return weight_map
         if not (self.path / WEIGHTS).is_file():
             raise MissingInputError(f"{self.path}: neither {WEIGHTS} nor {INDEX} (only safetensors are read)")
-        with self._open(WEIGHTS) as handle:
+        with self._open(WEIGHTS, "np") as handle:
             return dict.fromkeys(handle.keys(), WEIGHTS)
 
     @cached_property
@@ -95,7 +95,7 @@ class ModelFolder:
         """Shape and dtype of every tensor, from the headers alone."""
         specs = {}
         for file in sorted(set(self.files.values())):
-            with self._open(file) as handle:
+            with self._open(file, "np") as handle:
                 for name in handle.keys():  # noqa: SIM118 (no mapping)
                     piece = handle.get_slice(name)
                     specs[name] = TensorSpec(name, tuple(piece.get_shape()), DTYPES[piece.get_dtype()])
@@ -137,9 +137,10 @@ class ModelFolder:
         return rows.flatten()[start - first * row : stop - first * row]
 
     @contextmanager
-    def _open(self, file: str) -> Iterator[Any]:
+    def _open(self, file: str, framework: str = "pt") -> Iterator[Any]:
+        """`framework`: for headers "np", since for torch it asks for as much memory as the file has bytes."""
         try:
-            handle = safe_open(self.path / file, framework="pt")
+            handle = safe_open(self.path / file, framework=framework)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{self.path / file}: not a readable safetensors file ({error})") from error
         with handle as opened:

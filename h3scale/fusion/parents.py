@@ -2,8 +2,10 @@
 
 import math
 import mmap
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import overload
@@ -29,6 +31,7 @@ class Parents:
     base: DenseSource
     models: Mapping[str, Source]
     device: torch.device
+    _mapping: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -171,14 +174,22 @@ class Parents:
         [extent] = stored.extents or [None]
         if extent is None or extent.num_bytes == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        values = torch.frombuffer(self._map(extent.path), dtype=stored.dtype, count=stored.numel, offset=extent.offset)
-        return values.view(stored.shape)
+        first, rest = divmod(extent.offset, stored.dtype.itemsize)
+        values = self._map(extent.path, stored.dtype, rest)
+        return values[first : first + stored.numel].view(stored.shape)
 
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[path]
+    def _map(self, path: Path, dtype: torch.dtype, rest: int) -> Tensor:
+        """A file from byte `rest` on, as values of one format. It asks for no memory: a file may be larger than all there is."""
+        key = path, dtype, rest
+        with self._mapping:
+            if key not in self._maps:
+                with path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with warnings.catch_warnings():  # torch has no tensors that cannot be written to; nobody writes to these
+                    warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+                    count = (len(mapped) - rest) // dtype.itemsize
+                    self._maps[key] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=rest)
+            return self._maps[key]
 
     @cached_property
     def scratch(self) -> Scratch:
@@ -189,7 +200,7 @@ class Parents:
         return Latest()
 
     @cached_property
-    def _maps(self) -> dict[Path, mmap.mmap]:
+    def _maps(self) -> dict[tuple[Path, torch.dtype, int], Tensor]:
         return {}
 
 

@@ -49,6 +49,17 @@ class Budget:
                 self._changed.notify_all()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Within, torch works as in the writer's threads: products that two make may round otherwise, which thresholds see."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
 @dataclass(frozen=True)
 class Merger:
     """A method on given parents. `names`: the tensors that are merged, which `scope: model` looks at together.
@@ -91,7 +102,11 @@ class Merger:
 
     def prepare(self) -> None:
         """Finds out what is to be known of all tensors together, before threads ask for it."""
-        _ = self.budget, self._model_facts
+        if self.parents.device.type == "cuda":
+            # torch loads the library of all its decompositions at the first of them, and two threads must not do so (pytorch#90613)
+            torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=self.parents.device))
+        with _one_thread():
+            _ = self.budget, self._model_facts
 
     @cached_property
     def budget(self) -> Budget:

@@ -1,12 +1,43 @@
-"""Which token has which id, from tokenizer.json, and rows of embeddings put in the order of another tokenizer."""
+"""Which token has which id, and rows of embeddings put in the order of another tokenizer."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from h3scale.checkpoint.shards import read_json
 from h3scale.errors import DataError
 
 _FILE = "tokenizer.json"
+_PIECES = "tokenizer.model"
+_PLAIN = "vocab.json"
+_ADDED, _SETTINGS = "added_tokens.json", "tokenizer_config.json"  # beside a file that has the other tokens only
 _LISTED = 20
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The id of every token. `kind`: ids of two kinds say nothing of each other."""
+
+    kind: str
+    of_token: dict[str, int]
+
+
+def known_ids(folder: Path) -> Ids | None:
+    """From tokenizer.json, or else vocab.json or tokenizer.model and what is added to them; None where none of them is there."""
+    file = _file_of_ids(folder)
+    if file is None:
+        return None
+    if file.name == _FILE:
+        return Ids("tokens", vocabulary(folder))
+    found = read_json(file) if file.name == _PLAIN else _pieces(file)
+    return Ids("tokens", found | _added(folder)) if found is not None else Ids("ranks", _ranks(file))
+
+
+def has_same_ids(one: Path, other: Path) -> bool:
+    """Whether the ids of two folders are in equal files, byte for byte."""
+    file, others = _file_of_ids(one), _file_of_ids(other)
+    if file is None or others is None or file.name != others.name or file.read_bytes() != others.read_bytes():
+        return False
+    return file.name == _FILE or _added(one) == _added(other)
 
 
 def has_vocabulary(folder: Path) -> bool:
@@ -51,3 +82,31 @@ def aligned_rows(base: Path, own: Path, num_rows: int, what: str) -> list[int] |
     if max(order, default=-1) >= num_rows:
         raise DataError(f"{own}: gives ids up to {count - 1}, and {what} of the base has {num_rows} rows")
     return order
+
+
+def _file_of_ids(folder: Path) -> Path | None:
+    return next((folder / name for name in (_FILE, _PLAIN, _PIECES) if (folder / name).is_file()), None)
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Tokens that stand beside the vocabulary, in either of the files that transformers has written them to."""
+    found = dict(read_json(folder / _ADDED)) if (folder / _ADDED).is_file() else {}
+    settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+    return found | {token["content"]: int(i) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+
+
+def _pieces(path: Path) -> dict[str, int] | None:
+    """Of a SentencePiece model; None for another file."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(path.read_bytes())
+    except (RuntimeError, OSError):
+        return None
+    return {processor.IdToPiece(i): i for i in range(processor.GetPieceSize())}
+
+
+def _ranks(path: Path) -> dict[str, int]:
+    """Of a file that is no SentencePiece model: its lines (tiktoken has a token in base64 and its rank in each)."""
+    return {line.decode("utf-8", "replace"): i for i, line in enumerate(path.read_bytes().splitlines())}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from h3scale.checkpoint.shards import TOKENIZER_FILES, ModelFolder, read_json
-from h3scale.checkpoint.vocabulary import has_vocabulary, same_file, vocabulary
+from h3scale.checkpoint.vocabulary import has_same_ids, known_ids
 from h3scale.errors import DataError
 from h3scale.fusion.sources import AdapterSource, DenseSource, Source
 from h3scale.model.names import DENSE_FFN
@@ -149,19 +149,19 @@ def config_findings(source: DenseSource, base_config: Any) -> list[str]:
 
 
 def tokenizer_findings(base: Path, models: Iterable[Path]) -> list[str]:
-    """Models whose tokenizer gives other ids than the base's. A folder without tokenizer.json is taken to use the base's."""
-    if not has_vocabulary(base):
-        return []
-    wanted = vocabulary(base)
+    """Models whose tokenizer gives other ids than the base's, or than the first model's that has one. Others use that one."""
+    first: dict[str, tuple[Path, dict[str, int]]] = {}
     findings = []
-    for path in models:
-        if not has_vocabulary(path) or same_file(base, path):
+    for path in (base, *models):
+        if any(has_same_ids(path, known) for known, _ in first.values()) or (ids := known_ids(path)) is None:
             continue
-        own = vocabulary(path)
+        known, wanted = first.setdefault(ids.kind, (path, ids.of_token))
+        own = ids.of_token
         differing = sorted({token for token in wanted.keys() | own.keys() if wanted.get(token) != own.get(token)})
         if differing:
             shown = ", ".join(map(repr, differing[:3]))
-            findings.append(f"{path}: tokenizer differs from the base's in {len(differing)} tokens (such as {shown})")
+            whose = "the base" if known == base else str(known)
+            findings.append(f"{path}: tokenizer differs from {whose}'s in {len(differing)} tokens (such as {shown})")
     return findings
 
 

@@ -1,5 +1,6 @@
 """Unlike parents and bad recipes are refused in one line, before a byte is written (rows 62, 63)."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceTrainer
 
 from h3scale.checkpoint.shards import read_json, write_json
+from h3scale.checkpoint.vocabulary import known_ids
 from h3scale.cli.merge import merge as merge_verb
 from h3scale.config.merge import load_merge, named
 from h3scale.errors import ConfigError, DataError, H3Error, MissingInputError, UnsafeError, UsageError
+from h3scale.fusion.compatible import tokenizer_findings
 from h3scale.model.names import EMBEDDINGS
 from tests.unit.fusion.merging import close, run, whole
 
@@ -84,6 +88,59 @@ def test_an_unlike_parent_is_refused_by_name_before_a_byte_is_written(
     [finding, *_] = [finding for finding in caught.value.findings if all(word in finding for word in said)]
     assert finding.startswith(str(tmp_path / "odd"))
     assert not any((tmp_path / "place").iterdir())
+
+
+def pieces(folder: Path, words: str) -> None:
+    """A SentencePiece model of these characters."""
+    made = io.BytesIO()
+    lines = iter([words] * 3)
+    SentencePieceTrainer.Train(
+        sentence_iterator=lines, model_writer=made, model_type="char", vocab_size=len(set(words)) + 4, minloglevel=2
+    )
+    (folder / "tokenizer.model").write_bytes(made.getvalue())
+
+
+def ranks(folder: Path, words: str) -> None:
+    """As tiktoken has them."""
+    (folder / "tokenizer.model").write_text("".join(f"{word} {i}\n" for i, word in enumerate(words)))
+
+
+def plain(folder: Path, words: str) -> None:
+    write_json(folder / "vocab.json", {word: i for i, word in enumerate(words)})
+
+
+@pytest.mark.parametrize("kind", [pieces, ranks, plain])
+def test_tokenizers_of_any_kind_are_compared_where_the_base_has_none(
+    family: Path, tmp_path: Path, kind: Callable[[Path, str], None]
+) -> None:
+    for label in ("base", "helpful", "honest"):
+        shutil.copytree(family / label, tmp_path / label, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    kind(tmp_path / "helpful", "abc")
+    kind(tmp_path / "honest", "abc")
+    run(tmp_path, tmp_path / "out", "ties", ["helpful", "honest"])
+    kind(tmp_path / "honest", "abd")
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, tmp_path / "other", "ties", ["helpful", "honest"])
+    [finding] = caught.value.findings
+    assert finding.startswith(f"{tmp_path / 'honest'}: tokenizer differs from {tmp_path / 'helpful'}'s in ")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_same_tokens_in_files_of_two_kinds_are_one_tokenizer(tmp_path: Path) -> None:
+    for label in ("one", "other", "added"):
+        (tmp_path / label).mkdir()
+    pieces(tmp_path / "one", "abc")
+    found = known_ids(tmp_path / "one")
+    assert found is not None
+    added = {"</s>": found.of_token["</s>"]}
+    tokens = {token: i for token, i in found.of_token.items() if token not in added}
+    write_json(tmp_path / "other" / "tokenizer.json", {"model": {"vocab": found.of_token}})
+    write_json(tmp_path / "added" / "vocab.json", tokens)
+    assert tokenizer_findings(tmp_path / "one", [tmp_path / "other"]) == []
+    [finding] = tokenizer_findings(tmp_path / "one", [tmp_path / "other", tmp_path / "added"])
+    assert finding.startswith(f"{tmp_path / 'added'}: tokenizer differs from the base's in 1 tokens (such as '</s>')")
+    write_json(tmp_path / "added" / "tokenizer_config.json", {"added_tokens_decoder": {str(added["</s>"]): {"content": "</s>"}}})
+    assert tokenizer_findings(tmp_path / "one", [tmp_path / "other", tmp_path / "added"]) == []
 
 
 def test_unlike_number_formats_merge_when_the_recipe_says_which_to_write(family: Path, tmp_path: Path) -> None:

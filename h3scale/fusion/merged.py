@@ -21,8 +21,6 @@ from h3scale.merge.select import HELD
 
 MOST_BYTES = 512 << 20  # that thresholds of tensors may take together
 _TENSORS = 4  # of the largest tensor's size: what whole matrices may take together, if that is more
-_BYTES_PER_VALUE = 12  # of a whole matrix: fp64 singular vectors of the longer side, fp32 out
-_BYTES_PER_SQUARE = 40  # fp64 Gram matrix and eigenvectors of the shorter side
 _BYTES_HELD = 4  # of a value that a threshold is looked for among
 _SUM_VALUES = 1 << 19  # of a sum, made at a time
 _ROUNDING = 2.0**-48  # shares that add up to 1 leave so little, which is no share of the base
@@ -129,9 +127,7 @@ class Merger:
         return _SUM_VALUES if self._is_sum(name) else BLOCK_VALUES
 
     def _num_bytes(self, name: str) -> int:
-        shape = self.parents.stored_base[name].shape
-        side = shape[-1] if self.method == "wudi" else min(shape)
-        return _BYTES_PER_VALUE * prod(shape) + _BYTES_PER_SQUARE * side * side
+        return METHODS[self.method].num_bytes(self.parents.stored_base[name].shape, len(self.parents.labels))
 
     def _whole(self, name: str) -> Rows:
         stored = self.parents.stored_base[name]

@@ -35,6 +35,10 @@ class LowRank:
     def rank(self) -> int:
         return self.left_OR.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.left_OR.device
+
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the product."""
         return self.left_OR[start:stop] @ self.right_RI
@@ -153,7 +157,7 @@ def length(delta: Delta) -> float:
     if isinstance(delta, LowRank):
         left_OR, right_RI = delta.left_OR.double(), delta.right_RI.double()
         return math.sqrt(max(float(((left_OR.T @ left_OR) * (right_RI @ right_RI.T)).sum()), 0.0))
-    return math.sqrt(float(dense(delta).double().square().sum()))
+    return math.sqrt(math.fsum(float(sizes_X.double().square_().sum()) for sizes_X in magnitudes(delta)))
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
@@ -166,8 +170,9 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     for delta, weight in zip(deltas, weights, strict=True):
         values_X = dense(delta)
         if total_X is None:
-            total_X = values_X * weight
+            total_X = values_X * weight if isinstance(delta, Tensor) else values_X.mul_(weight)
         else:
             total_X.add_(values_X, alpha=weight)
+        del values_X  # before the next is made
     assert total_X is not None
     return total_X

@@ -17,5 +17,8 @@ def iso_c(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], op
     """The merged change of one matrix, before scaling."""
     total = weighted_sum(deltas, weights)
     found = top_triplets(total, largest_rank(total))
+    del total  # of a large matrix as much memory as what comes next
     mean = found.values_K.sum() / max(len(found.values_K), 1)
+    if base_OI.shape[0] > base_OI.shape[1]:
+        return product([found.left_OK], [found.right_IK * mean])
     return product([found.left_OK * mean], [found.right_IK])

@@ -5,14 +5,16 @@ divides evenly), the first (r - c) / M triplets of each (I - U_c U_c^T) D_i, all
 singular values in the place of each. As the authors' code; directions that are not there are left out, as in Iso-C.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from h3scale.config.merge import IsoCts
-from h3scale.merge.delta import Delta, LowRank, Site, dense, length, weighted_sum
-from h3scale.merge.spectrum import Triplets, largest_rank, orthogonal_together, top_triplets
+from h3scale.merge import spectrum
+from h3scale.merge.delta import Delta, LowRank, Site, length, weighted_sum
+from h3scale.merge.spectrum import Triplets, doubled, largest_rank, orthogonal_together, top_triplets
 
 ROUNDING = 1e-8  # what is left of a delta that lies in the common directions, as a share of its length
 
@@ -23,6 +25,7 @@ def iso_cts(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], 
     rank = largest_rank(base_OI)
     of_each = round((rank - int(rank * options.common_fraction)) / len(deltas))
     common = top_triplets(total, rank - of_each * len(deltas))
+    del total  # of a large matrix as much memory as a delta
     parts = [common]
     parts += [
         top_triplets(without(delta, common), of_each).above(ROUNDING * length(delta)).scaled(weight)
@@ -35,11 +38,26 @@ def iso_cts(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], 
     return orthogonal_together(parts, mean.expand(count))
 
 
+def num_bytes(shape: tuple[int, ...], num_models: int) -> int:
+    """What a matrix takes at the peak: what the others on spectra do, and what is left of a delta in fp64 instead of fp32."""
+    return spectrum.num_bytes(shape, num_models) + 4 * math.prod(shape)
+
+
 def without(delta: Delta, common: Triplets) -> Delta:
     """(I - U_c U_c^T) D, fp64."""
-    left_OK = common.left_OK.double()
+    left_OK = common.left_OK
     if isinstance(delta, LowRank):
-        factor_OR = delta.left_OR.double()
+        left_OK, factor_OR = left_OK.double(), delta.left_OR.double()
         return LowRank(factor_OR - left_OK @ (left_OK.T @ factor_OR), delta.right_RI)
-    delta_OI = dense(delta).double()
-    return delta_OI - left_OK @ (left_OK.T @ delta_OI)
+    rest_OI = torch.empty(delta.shape, dtype=torch.float64, device=delta.device)
+    if delta.shape[0] > delta.shape[1]:
+        inside_KI = torch.zeros(left_OK.shape[1], delta.shape[1], dtype=torch.float64, device=delta.device)
+        for rows, part_IC in doubled(delta):
+            inside_KI.addmm_(left_OK[rows].double().T, part_IC.T)
+        for rows, part_IC in doubled(delta):
+            rest_OI[rows] = part_IC.T.addmm(left_OK[rows].double(), inside_KI, alpha=-1)
+    else:
+        left_OK = left_OK.double()
+        for columns, part_OC in doubled(delta):
+            rest_OI[:, columns] = part_OC.addmm(left_OK, left_OK.T @ part_OC, alpha=-1)
+    return rest_OI

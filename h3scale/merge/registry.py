@@ -8,19 +8,17 @@ import torch
 from torch import Tensor
 
 from h3scale.config.merge import Options, Spectral
-from h3scale.merge import breadcrumbs, model_stock, slerp, ties
+from h3scale.merge import breadcrumbs, iso_cts, model_stock, slerp, spectrum, ties, wudi
 from h3scale.merge.consensus_ta import consensus_ta
 from h3scale.merge.dare import dare
 from h3scale.merge.dare_ties import dare_ties
 from h3scale.merge.della import della
 from h3scale.merge.delta import Delta, LowRank, Site, Survey, dense
 from h3scale.merge.iso_c import iso_c
-from h3scale.merge.iso_cts import iso_cts
 from h3scale.merge.linear import linear, shares
 from h3scale.merge.resm import resm
 from h3scale.merge.task_arithmetic import task_arithmetic
 from h3scale.merge.tsv_m import tsv_m
-from h3scale.merge.wudi import wudi
 
 WHOLE = Site()  # all of a tensor that nobody has named
 Merge = Callable[[Tensor, Sequence[Delta], Sequence[float], Any, Site], Delta]
@@ -31,7 +29,8 @@ class Method:
     """A method. `survey`: what it finds out about a whole tensor before rows of it can be merged alone.
 
     `on_matrices`: it needs whole matrices; all else gets the weighted mean. `paper`: its number at arXiv. `numbers`: of a method
-    that is a sum, what each delta is multiplied by.
+    that is a sum, what each delta is multiplied by. `num_bytes`: what a method on matrices takes for one, by its shape and the
+    number of models, when their deltas are dense; factors take less.
     """
 
     title: str
@@ -40,6 +39,7 @@ class Method:
     survey: Survey | None = None
     on_matrices: bool = False
     numbers: Callable[[Sequence[float]], Sequence[float]] | None = None
+    num_bytes: Callable[[tuple[int, ...], int], int] = spectrum.num_bytes
 
     def takes(self, shape: tuple[int, ...], options: Options, is_embedding: bool = False) -> bool:
         """Whether the method itself is used on a tensor, or the mean."""
@@ -62,8 +62,8 @@ METHODS: dict[str, Method] = {
     "model_stock": Method("Model Stock", "2403.19522", model_stock.model_stock, survey=model_stock.survey),
     "tsv_m": Method("TSV-M", "2412.00081", tsv_m, on_matrices=True),
     "iso_c": Method("Iso-C", "2502.04959", iso_c, on_matrices=True),
-    "iso_cts": Method("Iso-CTS", "2502.04959", iso_cts, on_matrices=True),
-    "wudi": Method("WUDI", "2503.08099", wudi, on_matrices=True),
+    "iso_cts": Method("Iso-CTS", "2502.04959", iso_cts.iso_cts, on_matrices=True, num_bytes=iso_cts.num_bytes),
+    "wudi": Method("WUDI", "2503.08099", wudi.wudi, on_matrices=True, num_bytes=wudi.num_bytes),
     "resm": Method("RESM (reconstruction)", "2502.06876", resm, on_matrices=True),
 }
 

@@ -42,8 +42,12 @@ def resm(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], opt
         weights = [weight * len(deltas) * share / sum(shares) for weight, share in zip(weights, shares, strict=True)]
     if options.outliers != "element":
         return joined(deltas, ranks, weights)
-    limits = [trait.threshold for trait in traits]
-    return joined((dense(delta).clamp(-limit, limit) for delta, limit in zip(deltas, limits, strict=True)), ranks, weights)
+    return joined((_cut(deltas[i], trait.threshold) for i, trait in enumerate(traits)), ranks, weights)
+
+
+def _cut(delta: Delta, limit: float) -> Tensor:
+    """All entries, none of them further from 0 than the limit."""
+    return delta.clamp(-limit, limit) if isinstance(delta, Tensor) else dense(delta).clamp_(-limit, limit)
 
 
 def traits_of(delta: Delta, options: Resm) -> Traits:

@@ -14,7 +14,8 @@ from h3scale.merge.delta import Delta, LowRank, Unread
 
 CHUNK = 512  # columns of the longer side that are worked on in fp64 at a time
 BLOCK = 128  # rows of a Gram matrix that are made at a time: what lies above its diagonal is known from below
-LONG = 4  # singular vectors so many times longer than there are of them are far from dependent, and kept in fp32
+LONG = 4  # singular vectors more than so many times longer than there are of them are far from dependent, and kept in fp32
+LARGE = 1 << 24  # values of a matrix from which on half of that will do, for the memory
 FAR = 1e-2  # least eigenvalue of C for a product in fp32: its rounding is 1e-7 of the result, divided by the root of this
 NULL = 1e-12  # a share of the largest eigenvalue: directions below it are noise of fp64
 
@@ -45,7 +46,7 @@ def top_triplets(delta: Delta, count: int, room_KL: Tensor | None = None) -> Tri
     values_K, short_SK = _short_side(gram(delta), count)
     long_KL = (_room(delta, count) if room_KL is None else room_KL)[: len(values_K)]
     unscaled_KS = (short_SK / values_K).T
-    for columns, part_SC in _doubled(delta):
+    for columns, part_SC in doubled(delta):
         long_KL[:, columns] = unscaled_KS @ part_SC
     return Triplets(long_KL.T, values_K, short_SK) if is_tall else Triplets(short_SK, values_K, long_KL.T)
 
@@ -53,9 +54,9 @@ def top_triplets(delta: Delta, count: int, room_KL: Tensor | None = None) -> Tri
 def gram(delta: Tensor | Unread) -> Tensor:
     """M M^T in fp64, of the shorter side."""
     total_SS = torch.zeros(min(delta.shape), min(delta.shape), dtype=torch.float64, device=delta.device)
-    for _, part_SC in _doubled(delta):
-        _add_gram(total_SS, part_SC)
-    return _mirrored(total_SS)
+    for _, part_SC in doubled(delta):
+        add_gram(total_SS, part_SC)
+    return mirrored(total_SS)
 
 
 def joined(deltas: Iterable[Delta], ranks: Sequence[int], weights: Sequence[float]) -> Delta:
@@ -63,12 +64,15 @@ def joined(deltas: Iterable[Delta], ranks: Sequence[int], weights: Sequence[floa
     parts: list[Triplets] = []
     room_KL: Tensor | None = None
     used = 0
-    for delta, rank, weight in zip(deltas, ranks, weights, strict=True):
+    coming = iter(deltas)
+    for rank, weight in zip(ranks, weights, strict=True):
+        delta = next(coming)
         if room_KL is None and not isinstance(delta, LowRank):
             room_KL = _room(delta, sum(ranks))
         part = top_triplets(delta, rank, None if room_KL is None else room_KL[used : used + rank])
         used += 0 if isinstance(delta, LowRank) else len(part.values_K)
         parts.append(part.scaled(weight))
+        del delta  # before the next is made: the two of a large matrix would be the most that is held
     is_all = used == sum(len(part.values_K) for part in parts)
     return orthogonal_together(parts, long_KL=room_KL[:used] if room_KL is not None and is_all else None)
 
@@ -102,13 +106,31 @@ def product(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Delta:
     merged_OI = torch.empty(rows, columns, dtype=torch.float32, device=lefts[0].device)
     if rows <= columns:
         left_OK = _rows(lefts)
-        for part in _chunks(columns):
+        for part in chunks(columns):
             merged_OI[:, part] = (left_OK @ _rows(rights, part).T).float()
     else:
         right_KI = _rows(rights).T
-        for part in _chunks(rows):
+        for part in chunks(rows):
             merged_OI[part] = (_rows(lefts, part) @ right_KI).float()
     return merged_OI
+
+
+def columns_of(delta: Delta, columns: slice) -> Tensor:
+    """Some columns, good until the next are asked for."""
+    if isinstance(delta, LowRank):
+        return delta.left_OR @ delta.right_RI[:, columns]
+    return delta[:, columns] if isinstance(delta, Tensor) else delta.read(slice(None), columns)
+
+
+def num_bytes(shape: tuple[int, ...], num_models: int) -> int:
+    """What a matrix takes at the peak, of dense deltas whose triplets are made orthogonal together, and what is merged.
+
+    The long vectors of all; beside them either a dense delta, their fp32 copy or the merged matrix, with five squares of the short
+    side in fp64 (four of them eigh's), or six squares without it. At last the short side of some places.
+    """
+    short, long = sorted(shape)
+    vectors, square, chunk = _long_dtype(shape).itemsize * short * long, 8 * short * short, 8 * short * min(CHUNK, long)
+    return vectors + max(4 * short * long + 5 * square, 6 * square) + 3 * chunk
 
 
 def largest_rank(delta: Delta) -> int:
@@ -146,19 +168,19 @@ def _gram_of_columns(parts: Sequence[Tensor]) -> Tensor:
     """U^T U in fp64, of columns side by side."""
     rank = sum(part.shape[1] for part in parts)
     total_KK = torch.zeros(rank, rank, dtype=torch.float64, device=parts[0].device)
-    for rows in _chunks(parts[0].shape[0]):
-        _add_gram(total_KK, _rows(parts, rows).T)
-    return _mirrored(total_KK)
+    for rows in chunks(parts[0].shape[0]):
+        add_gram(total_KK, _rows(parts, rows).T)
+    return mirrored(total_KK)
 
 
-def _add_gram(total_SS: Tensor, part_SC: Tensor) -> None:
+def add_gram(total_SS: Tensor, part_SC: Tensor) -> None:
     """Adds M M^T to what is on and below the diagonal: half of the work of all of it."""
     for start in range(0, len(part_SC), BLOCK):
         stop = start + BLOCK
         total_SS[start:stop, :stop].addmm_(part_SC[start:stop], part_SC[:stop].T)
 
 
-def _mirrored(total_SS: Tensor) -> Tensor:
+def mirrored(total_SS: Tensor) -> Tensor:
     """With what is above the diagonal as below it."""
     for start in range(0, len(total_SS), BLOCK):
         total_SS[:start, start : start + BLOCK] = total_SS[start : start + BLOCK, :start].T
@@ -167,9 +189,12 @@ def _mirrored(total_SS: Tensor) -> Tensor:
 
 def _room(delta: Tensor | Unread, count: int) -> Tensor:
     """Memory for so many long singular vectors."""
-    short, long = sorted(delta.shape)
-    dtype = torch.float64 if long <= LONG * short else torch.float32
-    return torch.empty(count, long, dtype=dtype, device=delta.device)
+    return torch.empty(count, max(delta.shape), dtype=_long_dtype(delta.shape), device=delta.device)
+
+
+def _long_dtype(shape: tuple[int, ...]) -> torch.dtype:
+    short, long = sorted(shape)
+    return torch.float64 if long <= short * (LONG if short * long < LARGE else LONG / 2) else torch.float32
 
 
 def _rows(parts: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
@@ -177,18 +202,18 @@ def _rows(parts: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:
     return torch.cat([part[rows].double() for part in parts], dim=1)
 
 
-def _doubled(delta: Tensor | Unread) -> Iterator[tuple[slice, Tensor]]:
+def doubled(delta: Tensor | Unread) -> Iterator[tuple[slice, Tensor]]:
     """Where and what: the short side in fp64, some places of the long one at a time, in memory that the next are put into."""
     short, long = sorted(delta.shape)
     buffer = torch.empty(short * min(CHUNK, long), dtype=torch.float64, device=delta.device)
     everything = slice(None)
-    for place in _chunks(long):
+    for place in chunks(long):
         rows, columns = (place, everything) if delta.shape[0] > delta.shape[1] else (everything, place)
         part = delta[rows, columns] if isinstance(delta, Tensor) else delta.read(rows, columns)
         part_SC = part.T if delta.shape[0] > delta.shape[1] else part
         yield place, buffer[: part_SC.numel()].view(part_SC.shape).copy_(part_SC)
 
 
-def _chunks(size: int) -> Iterator[slice]:
+def chunks(size: int) -> Iterator[slice]:
     for start in range(0, size, CHUNK):
         yield slice(start, min(start + CHUNK, size))

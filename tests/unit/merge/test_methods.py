@@ -61,6 +61,15 @@ def test_a_method_gives_what_its_paper_says_in_fp64(method: str, values: dict[st
     assert far(merge(method, base, deltas, **values), oracle(method, base, deltas, **values)) < 1e-5
 
 
+def test_wudi_of_few_rows_is_what_its_paper_says() -> None:
+    base, deltas = case((4, 30), 3)
+    deltas[1].zero_()[0] = deltas[0][0]  # and of rows that are there twice
+    for values in ({}, {"weights": [0.5, 2.0, 1.0]}):
+        assert far(merge("wudi", base, deltas, **values), oracle("wudi", base, deltas, **values)) < 1e-5
+    deltas[2].zero_()  # nothing is asked of a model that is the base
+    assert far(merge("wudi", base, deltas), oracle("wudi", base, deltas[:2])) < 1e-5
+
+
 @pytest.mark.parametrize("method", [name for name in OPTIONS if name != "slerp"])
 def test_weights_count(method: str) -> None:
     base, deltas = case((12, 20), 3)

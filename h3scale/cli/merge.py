@@ -1,17 +1,20 @@
 """h3scale merge."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from h3scale.cli.checkpoint import parse_size
-from h3scale.errors import UsageError
+from h3scale.errors import UnsafeError, UsageError
 
 if TYPE_CHECKING:
+    from h3scale.config.merge import MergeRecipe
     from h3scale.fusion.merge import MergePlan
 
+Named = tuple[str, Path]
 _OVERRIDE = re.compile(r"[a-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -64,8 +67,9 @@ def merge(
     if (search is None) != (not records):
         raise UsageError("merge: --search and --records need each other (works: --search DIR --records validation.jsonl)")
     overrides = [word for word in words or [] if is_override(word)]
-    fallback = {"method": "task_arithmetic", "out": str(explain)} if explain else {}
+    fallback = {"method": "task_arithmetic", "out": ""} if explain else {}
     checked, options = load_merge(recipe, values, overrides, fallback)
+    check_folders(_written(checked, explain, search), _read(checked, records or []))
     max_shard_bytes = parse_size(max_shard_size)
     # torch is imported from here on: a mistake is answered at once.
     from h3scale.checkpoint.shards import check_output
@@ -88,6 +92,29 @@ def merge(
     done = carry_out(checked, options, force, how, _show)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"
     print(f"merged model: {done.out}, {told}   next: h3scale checkpoint verify {done.out}")
+
+
+def check_folders(written: Sequence[Named], read: Sequence[Named]) -> None:
+    """UnsafeError (77) when what is written is, contains or lies in what is read, or something else that is written."""
+    findings = []
+    for place, (name, path) in enumerate(written):
+        for other, kept in [*read, *written[:place]]:
+            if kept.resolve().is_relative_to(path.resolve()):
+                findings.append(f"{name}: {path} would replace {other}: {kept} (choose another folder)")
+            elif path.resolve().is_relative_to(kept.resolve()):
+                findings.append(f"{name}: {path} lies in {other}: {kept} (choose another folder)")
+    if findings:
+        raise UnsafeError(findings)
+
+
+def _written(recipe: "MergeRecipe", explain: Path | None, search: Path | None) -> list[Named]:
+    paths = {"out": Path(recipe.out) if recipe.out or not explain else None, "explain": explain, "search": search}
+    return [(name, path) for name, path in paths.items() if path is not None]
+
+
+def _read(recipe: "MergeRecipe", records: Sequence[Path]) -> list[Named]:
+    models = [("base", recipe.base), *((f"models.{label}", path) for label, path in recipe.models.items())]
+    return [*((name, Path(path)) for name, path in models if path is not None), *(("records", path) for path in records)]
 
 
 def is_override(word: str) -> bool:

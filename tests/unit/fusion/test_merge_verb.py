@@ -1,0 +1,66 @@
+"""What the merge verb refuses before it reads a model: folders that are in each other's way, options and devices that cannot be."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from h3scale.cli.main import app
+from h3scale.errors import H3Error, UnsafeError
+from tests.unit.fusion.merging import LABELS
+
+
+def merged(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["merge", *map(str, words)])
+
+
+def refused(kind: type[H3Error], *words: str | Path) -> str:
+    """What is said of these words, in a line."""
+    done = merged(*words)
+    assert isinstance(done.exception, kind), done.exception or done.output
+    [finding] = done.exception.findings
+    return finding
+
+
+@pytest.fixture
+def models(family: Path, tmp_path: Path) -> Path:
+    """Models of one's own, which a mistake may delete."""
+    for name in ("base", *LABELS[:2]):
+        shutil.copytree(family / name, tmp_path / "models" / name)
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "validation.jsonl").write_text("{}\n")
+    return tmp_path / "models"
+
+
+def words_for(models: Path) -> list[Any]:
+    return [*(models / label for label in LABELS[:2]), "--base", models / "base", "--method", "linear", "--force"]
+
+
+SEARCHED = ["--search", "why", "--records", "records/validation.jsonl"]
+IN_THE_WAY = [
+    (["--explain", "models/base"], "explain: models/base would replace base: "),
+    (["--explain", "models"], "explain: models would replace base: "),
+    (["--explain", "models/helpful/why"], "explain: models/helpful/why lies in models.helpful: "),
+    (["--explain", "out", "--out", "out"], "explain: out would replace out: "),
+    ([*SEARCHED, "--out", "models/harmless"], "out: models/harmless would replace models.harmless: "),
+    ([*SEARCHED, "--out", "models/harmless/out"], "out: models/harmless/out lies in models.harmless: "),
+    ([*SEARCHED, "--out", "records"], "out: records would replace records: records/validation.jsonl"),
+    ([*SEARCHED, "--out", "why/out"], "search: why would replace out: why/out"),
+    ([*SEARCHED, "--out", "."], "out: . would replace base: "),
+    (["--search", "records", *SEARCHED[2:], "--out", "out"], "search: records would replace records: "),
+    (["--search", "out/why", *SEARCHED[2:], "--out", "out"], "search: out/why lies in out: out"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), IN_THE_WAY, ids=[" ".join(words) for words, _ in IN_THE_WAY])
+def test_what_is_written_never_takes_away_what_is_read(
+    models: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(models.parent)
+    before = {path: path.read_bytes() for path in models.parent.rglob("*") if path.is_file()}
+    done = merged(*words_for(models), *words)
+    assert isinstance(done.exception, UnsafeError), done.exception or done.output
+    assert any(finding.startswith(said) for finding in done.exception.findings), done.exception.findings
+    assert {path: path.read_bytes() for path in models.parent.rglob("*") if path.is_file()} == before

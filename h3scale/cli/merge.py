@@ -64,8 +64,7 @@ def merge(
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if not values and recipe is None:
         raise UsageError("merge: no models (works: MODEL MODEL --base BASE --method NAME --out DIR, or --recipe FILE)")
-    if (search is None) != (not records):
-        raise UsageError("merge: --search and --records need each other (works: --search DIR --records validation.jsonl)")
+    _check_together(explain is not None, search is not None, bool(records), dry_run)
     overrides = [word for word in words or [] if is_override(word)]
     fallback = {"method": "task_arithmetic", "out": ""} if explain else {}
     checked, options = load_merge(recipe, values, overrides, fallback)
@@ -92,6 +91,15 @@ def merge(
     done = carry_out(checked, options, force, how, _show)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"
     print(f"merged model: {done.out}, {told}   next: h3scale checkpoint verify {done.out}")
+
+
+def _check_together(explain: bool, search: bool, records: bool, dry_run: bool) -> None:
+    if search != records:
+        raise UsageError("merge: --search and --records need each other (works: --search DIR --records validation.jsonl)")
+    if explain and search:
+        raise UsageError("merge: --explain merges nothing and --search merges what is best (works: one of them)")
+    if dry_run and (explain or search):
+        raise UsageError(f"merge: --dry-run writes nothing and {'--explain' if explain else '--search'} does (works: one of them)")
 
 
 def check_folders(written: Sequence[Named], read: Sequence[Named]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from h3scale.cli.main import app
-from h3scale.errors import H3Error, UnsafeError
+from h3scale.errors import H3Error, UnsafeError, UsageError
 from tests.unit.fusion.merging import LABELS
 
 
@@ -64,3 +64,19 @@ def test_what_is_written_never_takes_away_what_is_read(
     assert isinstance(done.exception, UnsafeError), done.exception or done.output
     assert any(finding.startswith(said) for finding in done.exception.findings), done.exception.findings
     assert {path: path.read_bytes() for path in models.parent.rglob("*") if path.is_file()} == before
+
+
+UNLIKELY = [
+    (["--explain", "why", *SEARCHED], "merge: --explain merges nothing and --search merges what is best (works: one of them)"),
+    (["--explain", "why", "--dry-run"], "merge: --dry-run writes nothing and --explain does (works: one of them)"),
+    ([*SEARCHED, "--dry-run"], "merge: --dry-run writes nothing and --search does (works: one of them)"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), UNLIKELY, ids=[" ".join(words) for words, _ in UNLIKELY])
+def test_options_that_exclude_each_other_are_refused(
+    models: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(models.parent)
+    assert refused(UsageError, *words_for(models), "--out", "out", *words) == said
+    assert sorted(path.name for path in models.parent.iterdir()) == ["models", "records"]

@@ -28,7 +28,7 @@ def merge(
     out: Annotated[str | None, typer.Option("--out", help="The folder to write.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; the base's by default.")] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", help="A recipe (YAML), such as recipes/resm_llama3_8b.yaml.")] = None,
-    device: Annotated[str, typer.Option("--device", help="Where it is computed: cpu, or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Where it is computed: cpu, cuda or cuda:N.")] = "cpu",
     workers: Annotated[int, typer.Option("--workers", min=0, help="Threads; 0: one for each core, up to 8.")] = 0,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Write down the sha256 of every file that is read.")] = True,
@@ -73,22 +73,25 @@ def merge(
     # torch is imported from here on: a mistake is answered at once.
     from h3scale.checkpoint.shards import check_output
     from h3scale.cli.merge_choices import explain_into, search_into
+    from h3scale.fusion.device import check_device, out_of_memory_told
     from h3scale.fusion.merge import How, plan_merge
     from h3scale.fusion.merge import merge as carry_out
 
+    check_device(device)
     how = How(device, workers, max_shard_bytes, hashes, fsync)
-    if explain is not None:
-        explain_into(explain, plan_merge(checked, options, device), force)
-        return
-    if search is not None:
-        check_output(checked.out, force)
-        options = search_into(
-            search, plan_merge(checked, options, device), records or [], records_per_alignment, budget, how, force
-        )
-    if dry_run:
-        _show(plan_merge(checked, options))
-        return
-    done = carry_out(checked, options, force, how, _show)
+    with out_of_memory_told(device):
+        if explain is not None:
+            explain_into(explain, plan_merge(checked, options, device), force)
+            return
+        if dry_run:
+            _show(plan_merge(checked, options))
+            return
+        if search is not None:
+            check_output(checked.out, force)
+            options = search_into(
+                search, plan_merge(checked, options, device), records or [], records_per_alignment, budget, how, force
+            )
+        done = carry_out(checked, options, force, how, _show)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"
     print(f"merged model: {done.out}, {told}   next: h3scale checkpoint verify {done.out}")
 

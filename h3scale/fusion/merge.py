@@ -23,8 +23,9 @@ from h3scale.checkpoint.shards import GENERATION, check_output, copy_tokenizer, 
 from h3scale.checkpoint.stream import Output, Piece
 from h3scale.config.merge import MergeRecipe, Options
 from h3scale.config.recipe import DenseFamily
-from h3scale.errors import DataError, UsageError
+from h3scale.errors import DataError
 from h3scale.fusion.compatible import base_warnings, check_fit, expected_shapes, full_config, tokenizer_folder
+from h3scale.fusion.device import check_device
 from h3scale.fusion.merged import Merger
 from h3scale.fusion.parents import Parents
 from h3scale.fusion.sources import DenseSource, Source, keep_inputs, open_sources
@@ -116,7 +117,7 @@ def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How |
     start, how, out = time.monotonic(), how or How(), Path(recipe.out)
     check_output(out, force)
     keep_inputs({"base": recipe.base_folder, **{f"models.{label}": path for label, path in recipe.models.items()}}, out)
-    _check_device(how.device)
+    check_device(how.device)
     plan = plan_merge(recipe, options, how.device)
     if show is not None:
         show(plan)
@@ -173,13 +174,6 @@ def _checked(base: DenseSource, models: Mapping[str, Source], recipe: MergeRecip
     shapes, tied = expected_shapes(dense)
     check_fit(base, models, dense, shapes, tied, same_dtype=recipe.dtype is None)
     return {name: shape for name, shape in shapes.items() if name not in tied}
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device: '{device}': {str(error).strip().splitlines()[0]} (works: cpu)") from None
 
 
 def _copy_extras(plan: MergePlan, folder: Path) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from h3scale.cli.main import app
-from h3scale.errors import H3Error, UnsafeError, UsageError
+from h3scale.errors import ConfigError, H3Error, UnsafeError, UsageError
+from h3scale.fusion.parents import Parents
+from tests.tiny import tiny_records
 from tests.unit.fusion.merging import LABELS
 
 
@@ -80,3 +83,41 @@ def test_options_that_exclude_each_other_are_refused(
     monkeypatch.chdir(models.parent)
     assert refused(UsageError, *words_for(models), "--out", "out", *words) == said
     assert sorted(path.name for path in models.parent.iterdir()) == ["models", "records"]
+
+
+VERBS: dict[str, list[str]] = {
+    "merge": ["--out", "out"],
+    "dry run": ["--out", "out", "--dry-run"],
+    "explain": ["--explain", "why"],
+    "search": ["--out", "out", *SEARCHED],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda", "cuda:0", "cuda:2", "cpu:0"])
+def test_a_device_that_is_not_there_is_refused_by_all_that_merge_does(
+    models: Path, monkeypatch: pytest.MonkeyPatch, verb: str, device: str
+) -> None:
+    monkeypatch.chdir(models.parent)
+    gpus = 2 if device == "cuda:2" else 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(gpus))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    works = "cpu, cuda, cuda:0, cuda:1" if gpus else "cpu"
+    said = refused(UsageError, *words_for(models), *VERBS[verb], "--device", device)
+    assert said == f"--device: '{device}' is not here (works: {works})"
+    assert sorted(path.name for path in models.parent.iterdir()) == ["models", "records"]
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "dry run"])
+def test_a_gpu_whose_memory_is_used_up_is_one_line(models: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.chdir(models.parent)
+    tiny_records(Path("records/validation.jsonl"), LABELS)
+
+    def used_up(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    for name in ("_mapped", "base_rows"):
+        monkeypatch.setattr(Parents, name, used_up)
+    said = refused(ConfigError, *words_for(models), *VERBS[verb], "--no-fsync")
+    assert said == "--device: cpu: CUDA out of memory. Tried to allocate 2.00 GiB. (works: fewer --workers, or --device cpu)"
+    assert not {"out", "why"} & {path.name for path in models.parent.iterdir()}

@@ -17,6 +17,7 @@ from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.records import Record, split_by_instruction
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError
+from h3scale.fusion.device import placed
 from h3scale.fusion.merged import Merger
 from h3scale.fusion.parents import Parents
 from h3scale.fusion.plan import Plan, PlannedTensor, make_plan
@@ -153,7 +154,8 @@ def choose_records(start: RouterStart, alignments: tuple[str, ...]) -> StartReco
 def start_router(folder: Path, plan: Plan, start: RouterStart, records: StartRecords) -> RouterReport:
     """Loads the folder's model, fits its routers, measures them beside random ones, writes their rows into the folder."""
     dtype = plan.tensors[-1].spec.dtype
-    model = _on_device(load_model(folder, dtype)).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = placed(load_model(folder, dtype), device).eval()
 
     def encode(chosen: list[Record]) -> list[Encoded]:
         return cut(encode_records(load_tokenizer(folder), chosen), start.max_tokens_per_record) if chosen else []
@@ -183,14 +185,6 @@ def replace_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         save_file(values, partial, metadata={"format": "pt"})
         shutil.copymode(folder / file, partial)  # save_file makes it readable for its owner only
         partial.replace(folder / file)
-
-
-def _on_device(model: Any) -> Any:
-    """On the GPU when there is one with room for the weights and a fifth more, else where it is."""
-    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * num_bytes:
-        return model.to("cuda")
-    return model
 
 
 def _report(plan: Plan, router: RouterReport, records: StartRecords) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from h3scale.data.encode import encode_records
 from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
 from h3scale.evaluation.score import RecordScore, by_alignment, paired_difference, score_encoded
+from h3scale.fusion.device import placed
 from h3scale.fusion.merge import How, MergePlan
 from h3scale.fusion.merged import Merger
 from h3scale.log import progress
@@ -123,7 +124,7 @@ class Scorer:
         tokenizer = load_tokenizer(plan.tokenizer)
         self.model: Any = load_model(plan.parents.base.path, torch.float32).eval()
         check_tokenizer(self.model, tokenizer, str(plan.tokenizer))
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = placed(self.model, plan.parents.device)
         self.encoded = encode_records(tokenizer, records)
         self.changes: dict[str, Changes] = {}
         self.made = 0
@@ -179,7 +180,8 @@ class Changes:
         check_space(path.parent, numel * _FP32)
         self.values = torch.from_file(str(path), shared=True, size=numel, dtype=torch.float32)
         self.merger.prepare()
-        with ThreadPoolExecutor(how.num_workers) as pool, progress("merge", len(self.places), "tensors") as bar:
+        threads = ThreadPoolExecutor(how.num_workers, initializer=torch.set_num_threads, initargs=(1,))
+        with threads as pool, progress("merge", len(self.places), "tensors") as bar:
             for _ in pool.map(self._make, self.places):
                 bar.advance()
 

@@ -1,5 +1,6 @@
 """The search of a merge's scaling: a planted optimum, the budget, the changes that are kept, and what is written."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from h3scale.data.sources import read_records
 from h3scale.evaluation.evaluate import open_model
 from h3scale.evaluation.score import score, score_encoded
 from h3scale.fusion.merge import How, plan_merge
+from h3scale.log import logger
 from h3scale.study import merge_search
 from h3scale.study.merge_search import axes_of, objective, search
 from tests.tiny import tiny_llama, tiny_records, tiny_tokenizer
@@ -145,3 +147,49 @@ def test_records_without_a_search_and_a_search_with_nothing_left_are_refused(wor
     done = CliRunner().invoke(app, [*words, *more])
     assert "nothing is left to search, as scaling is given" in str(done.exception)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "placed"),
+    [("cpu", 1 << 40, []), ("cuda:0", 1 << 40, ["cuda:0"]), ("cuda:0", 1 << 10, [])],
+    ids=["asked for the CPU", "room on the GPU", "no room on the GPU"],
+)
+def test_records_are_scored_where_the_merge_is_computed_if_there_is_room(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    free: int,
+    placed: list[str],
+) -> None:
+    """On a machine that seems to have a GPU."""
+    moved: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device=None: (free, free))
+    monkeypatch.setattr("torch.nn.Module.to", lambda self, where: moved.append(str(where)) or self)
+    plan = planned(world, "linear")
+    plan = dataclasses.replace(plan, parents=dataclasses.replace(plan.parents, device=torch.device(device)))
+    monkeypatch.setattr(logger, "propagate", True)
+    merge_search.Scorer(plan, read_records([world / "validation.jsonl"]), tmp_path, NO_SYNC)
+    assert moved == placed
+    assert ("are computed on the CPU" in caplog.text) == (device != "cpu" and not placed)
+
+
+def test_each_thread_of_a_search_computes_by_itself(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    make = merge_search.Changes._make
+
+    def seeing(self: merge_search.Changes, name: str) -> None:
+        seen.append(torch.get_num_threads())
+        make(self, name)
+
+    monkeypatch.setattr(merge_search.Changes, "_make", seeing)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        plan = planned(world, "ties")
+        merge_search.Changes(plan, plan.options, tmp_path / "change", dataclasses.replace(NO_SYNC, workers=2))
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}

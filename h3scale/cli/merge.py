@@ -88,9 +88,8 @@ def merge(
             return
         if search is not None:
             check_output(checked.out, force)
-            options = search_into(
-                search, plan_merge(checked, options, device), records or [], records_per_alignment, budget, how, force
-            )
+            plan = plan_merge(checked, options, device)
+            options = search_into(search, plan, records or [], records_per_alignment, budget, how, force).options
         done = carry_out(checked, options, force, how, _show)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"
     print(f"merged model: {done.out}, {told}   next: h3scale checkpoint verify {done.out}")

@@ -2,17 +2,21 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from h3scale.checkpoint.shards import new_folder, write_json
-from h3scale.config.merge import Options
+from h3scale.checkpoint.journal import resumed_folder
+from h3scale.checkpoint.shards import new_folder, read_json, write_json
 from h3scale.data.records import Record
 from h3scale.data.sources import read_records
+from h3scale.errors import DataError
 from h3scale.evaluation.merge_plots import draw_conflicts, draw_search
 from h3scale.fusion.explain import collision, explain
 from h3scale.fusion.merge import How, MergePlan
-from h3scale.study.merge_search import axes_of, search
+from h3scale.study.merge_search import Choice, axes_of, chosen, search, search_key
+
+SEARCH = "search.json"
 
 
 def explain_into(folder: Path, plan: MergePlan, force: bool) -> None:
@@ -28,24 +32,51 @@ def explain_into(folder: Path, plan: MergePlan, force: bool) -> None:
 
 def search_into(
     folder: Path, plan: MergePlan, records: Sequence[Path], per_alignment: int | None, budget: int, how: How, force: bool
-) -> Options:
-    """Writes search.json and search.png; gives the options that were best. `per_alignment`: the first so many records of each."""
+) -> Choice:
+    """Writes search.json and search.png, or reads what the same search has left there; gives what was best.
+
+    `per_alignment`: the first so many records of each.
+    """
     axes_of(plan.recipe.method, plan.options)  # its findings come before the work
-    with new_folder(folder, force) as partial:
-        cache = partial / "changes"
-        cache.mkdir()
-        choice = search(plan, _first_of_each(read_records(records), per_alignment), budget, cache, how)
-        shutil.rmtree(cache)
-        best = choice.result["best"]
-        told = ", ".join(f"{key} {value:g}" for key, value in best["point"].items())
-        told = f"{plan.recipe.method}: {told} is best, mean NLL {best['nll']:.4f} on {choice.result['records']} records"
-        write_json(partial / "search.json", choice.result)
-        draw_search(choice.result, told, partial / "search.png")
-    print(told)
-    for other, difference in choice.result["paired"].items():
+    used = _first_of_each(read_records(records), per_alignment)
+    key = search_key(plan, used, budget)
+    result = _found(folder, key) or _searched(folder, key, plan, used, budget, how, force)
+    print(_best(plan, result))
+    for other, difference in result["paired"].items():
         print(f"less that of {other}: {difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})")
     print(f"searched: {folder}/search.png, {folder}/search.json")
-    return choice.options
+    return chosen(plan, result)
+
+
+def _found(folder: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier process has found by the same search: the merge after it may have been cut off."""
+    path = folder / SEARCH
+    try:
+        result = read_json(path) if path.is_file() else {}
+    except DataError:  # not a search's
+        return None
+    return result if result.get("key") == key else None
+
+
+def _searched(
+    folder: Path, key: str, plan: MergePlan, records: Sequence[Record], budget: int, how: How, force: bool
+) -> dict[str, Any]:
+    with resumed_folder(folder, key, force, how.fsync) as work:  # under one name, so that what a kill leaves is found again
+        changes = work.folder / "changes"
+        changes.mkdir(exist_ok=True)
+        try:
+            result = search(plan, records, budget, changes, how).result | {"key": key}
+        finally:
+            shutil.rmtree(changes)
+        write_json(work.folder / SEARCH, result)
+        draw_search(result, _best(plan, result), work.folder / "search.png")
+    return result
+
+
+def _best(plan: MergePlan, result: Mapping[str, Any]) -> str:
+    best = result["best"]
+    told = ", ".join(f"{key} {value:g}" for key, value in best["point"].items())
+    return f"{plan.recipe.method}: {told} is best, mean NLL {best['nll']:.4f} on {result['records']} records"
 
 
 def _first_of_each(records: Sequence[Record], count: int | None) -> list[Record]:

@@ -216,9 +216,13 @@ def _about(plan: MergePlan) -> dict[str, Any]:
     }
 
 
+def state_of(plan: MergePlan) -> list[tuple[str, int, int]]:
+    """The files of the parents as they are now: path, bytes, time of the last change (ns)."""
+    files = sorted({path for source in (plan.parents.base, *plan.parents.models.values()) for path in _files(source)})
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
 def _key(plan: MergePlan, shards: list[ShardFile], how: How) -> str:
     """Of the same work, the same: the parents as they are now, what is done to them, and what is to come of it."""
-    files = sorted({path for source in (plan.parents.base, *plan.parents.models.values()) for path in _files(source)})
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     work = [plan.recipe.model_dump(exclude={"out"}), plan.options.model_dump(), how.device, how.hashes, how.receipt, __version__]
-    return hashlib.sha256(repr([stats, work, [shard.header for shard in shards]]).encode()).hexdigest()
+    return hashlib.sha256(repr([state_of(plan), work, [shard.header for shard in shards]]).encode()).hexdigest()

@@ -6,6 +6,7 @@ kept on disk; it is made anew for another density, threshold, fraction or t, in 
 gave are not searched.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from h3scale import __version__
 from h3scale.checkpoint.journal import check_space
+from h3scale.checkpoint.shards import TOKENIZER_FILES
 from h3scale.config.merge import Della, Options
 from h3scale.data.encode import encode_records
 from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
 from h3scale.evaluation.score import RecordScore, by_alignment, paired_difference, score_encoded
 from h3scale.fusion.device import placed
-from h3scale.fusion.merge import How, MergePlan
+from h3scale.fusion.merge import How, MergePlan, state_of
 from h3scale.fusion.merged import Merger
 from h3scale.log import progress
 from h3scale.model.names import EMBEDDINGS
@@ -99,7 +102,21 @@ def search(
     best = lowest(trials)
     if best.value != best.value:
         raise DataError("--search: no merge gives an NLL that is a number (is a parent damaged? h3scale checkpoint verify)")
-    return Choice(_with(plan.options, best.point), _result(plan, axes, budget, trials, scores))
+    return chosen(plan, _result(plan, axes, budget, trials, scores))
+
+
+def chosen(plan: MergePlan, result: dict[str, Any]) -> Choice:
+    """The choice of a search, from its JSON value."""
+    return Choice(_with(plan.options, result["best"]["point"]), result)
+
+
+def search_key(plan: MergePlan, records: Sequence[Record], budget: int) -> str:
+    """Of the same search, the same: parents and tokenizer as they are now, options and which of them are given, records, budget."""
+    tokenizer = [plan.tokenizer / name for name in TOKENIZER_FILES] if plan.tokenizer else []
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in tokenizer if path.is_file()]
+    options = [plan.options.model_dump(), sorted(plan.options.model_fields_set)]
+    work = [plan.recipe.model_dump(exclude={"out"}), options, str(plan.parents.device), list(records), budget, __version__]
+    return hashlib.sha256(repr([state_of(plan), stats, work]).encode()).hexdigest()
 
 
 def objective(scores: Sequence[RecordScore]) -> float:

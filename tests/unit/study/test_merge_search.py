@@ -1,7 +1,11 @@
 """The search of a merge's scaling: a planted optimum, the budget, the changes that are kept, and what is written."""
 
 import dataclasses
+import importlib
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from h3scale.cli.main import app
 from h3scale.config.merge import OPTIONS, load_merge
 from h3scale.data.encode import encode_records
 from h3scale.data.sources import read_records
+from h3scale.errors import OutputError
 from h3scale.evaluation.evaluate import open_model
 from h3scale.evaluation.score import score, score_encoded
 from h3scale.fusion.merge import How, plan_merge
@@ -193,3 +198,77 @@ def test_each_thread_of_a_search_computes_by_itself(world: Path, tmp_path: Path,
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {1}
+
+
+def words_to_search(world: Path, folder: Path, *more: str) -> list[str]:
+    words = [str(world / label) for label in ALIGNMENTS] + ["--base", str(world / "base"), "--method", "ties", "--budget", "3"]
+    words += ["--records", str(world / "validation.jsonl"), "--no-hashes", "--no-fsync", "--workers", "1"]
+    return ["merge", *words, "--search", str(folder / "why"), "--out", str(folder / "merged"), *more]
+
+
+def killed_in(where: str, times: int, words: list[str]) -> None:
+    """Runs the verb in a process that dies, as by SIGKILL, when a function is called for so many times."""
+    module, name = where.rsplit(".", 1)
+    own, calls = getattr(importlib.import_module(module), name), []
+
+    def dying(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*arguments, **named)
+
+    def run() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(where, dying)
+            CliRunner().invoke(app, words)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_search_goes_on_wherever_it_was_killed_and_leaves_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = words_to_search(world, tmp_path)
+    killed_in("h3scale.study.merge_search.score_encoded", 2, words)
+    assert [path.name for path in tmp_path.rglob("change-*")] == ["change-0"]
+    killed_in("h3scale.fusion.merge.write_shards", 1, words)
+    assert not list(tmp_path.rglob("change-*"))
+    written = (tmp_path / "why" / "search.json").read_bytes()
+
+    def no_more(*_: Any) -> None:
+        raise AssertionError("the search was over")
+
+    monkeypatch.setattr(merge_search, "score_encoded", no_more)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "why"]
+    assert (tmp_path / "why" / "search.json").read_bytes() == written
+    best = json.loads(written)["best"]["point"]
+    told = json.loads((tmp_path / "merged" / "merge.json").read_text())["options"]
+    assert {key: told[key] for key in best} == best
+
+
+def test_another_search_is_not_taken_for_this_one(world: Path, tmp_path: Path) -> None:
+    records = read_records([world / "validation.jsonl"])
+    key = merge_search.search_key(planned(world, "ties"), records, 3)
+    assert key == merge_search.search_key(planned(world, "ties"), list(records), 3)
+    others = [
+        merge_search.search_key(planned(world, "ties"), records, 4),
+        merge_search.search_key(planned(world, "ties"), records[1:], 3),
+        merge_search.search_key(planned(world, "dare_ties"), records, 3),
+        merge_search.search_key(planned(world, "ties", "weights=[1, 2]"), records, 3),
+        merge_search.search_key(planned(world, "ties", "density=0.2"), records, 3),  # the default, but given: it is not searched
+    ]
+    for name in ("config.json", "tokenizer.json"):
+        (world / "base" / name).touch()
+        others.append(merge_search.search_key(planned(world, "ties"), records, 3))
+    assert len({key, *others}) == 1 + len(others)
+    (tmp_path / "why").mkdir()
+    (tmp_path / "why" / "search.json").write_text(json.dumps({"key": key}))
+    done = CliRunner().invoke(app, words_to_search(world, tmp_path))
+    assert isinstance(done.exception, OutputError), done.output
+    assert "why: exists already" in str(done.exception)

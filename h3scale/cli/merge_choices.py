@@ -14,7 +14,7 @@ from h3scale.errors import DataError
 from h3scale.evaluation.merge_plots import draw_conflicts, draw_search
 from h3scale.fusion.explain import collision, explain
 from h3scale.fusion.merge import How, MergePlan
-from h3scale.study.merge_search import Choice, axes_of, chosen, search, search_key
+from h3scale.study.merge_search import Choice, axes_for, chosen, search, search_key
 
 SEARCH = "search.json"
 
@@ -37,7 +37,7 @@ def search_into(
 
     `per_alignment`: the first so many records of each.
     """
-    axes_of(plan.recipe.method, plan.options)  # its findings come before the work
+    axes_for(plan)  # its findings come before the work
     used = _first_of_each(read_records(records), per_alignment)
     key = search_key(plan, used, budget)
     result = _found(folder, key) or _searched(folder, key, plan, used, budget, how, force)

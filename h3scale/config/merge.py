@@ -198,7 +198,7 @@ OPTIONS: dict[str, type[Options]] = {
     "wudi": Wudi,
     "resm": Resm,
 }
-BASELESS = ("linear", "slerp")  # what they give does not depend on a base
+BASELESS = ("linear", "slerp")  # what they give does not depend on a base, but for a scaling, which starts from it
 
 
 class MergeRecipe(Strict):
@@ -206,7 +206,8 @@ class MergeRecipe(Strict):
 
     base: str | None = Field(
         default=None,
-        description="Folder of the model that they were aligned from. linear and slerp need none: the first model is taken.",
+        description="Folder of the model that they were aligned from. linear and slerp with scaling 1 need none: the first model "
+        "takes its place, and drops out of what they give.",
     )
     models: dict[str, str] = Field(
         description="name: folder of a dense model or of a PEFT LoRA adapter of the base. A list of folders will do."
@@ -274,6 +275,9 @@ def load_merge(
     recipe = checked(MergeRecipe, own, where)
     options = checked(OPTIONS[recipe.method], {key: value for key, value in written.items() if key not in own}, where)
     check_weights(options, len(recipe.models), where)
+    if recipe.base is None and options.scaling != 1:
+        needed = f"base: is required by {recipe.method} with scaling {options.scaling:g}, which needs a place to start from"
+        raise ConfigError(f"{where}: {needed} (works: --base BASE, or scaling=1)")
     return recipe, options
 
 

@@ -64,6 +64,14 @@ def axes_of(method: str, options: Options) -> list[Axis]:
     return left
 
 
+def axes_for(plan: MergePlan) -> list[Axis]:
+    """`axes_of` a plan. ConfigError (78) too for a scaling without a base, which would start from the first model."""
+    axes, method = axes_of(plan.recipe.method, plan.options), plan.recipe.method
+    if plan.recipe.base is None and SCALING in axes:
+        raise ConfigError(f"--search: base: is required by {method} where scaling is searched (works: --base BASE)")
+    return axes
+
+
 def _della(options: Della) -> Axis:
     """Densities around which the window stays within 0 and 1."""
     low, high = options.window + _DENSITY.low, 1 - options.window
@@ -86,7 +94,7 @@ def search(
     DataError (65) without a tokenizer, or when no NLL is a number; ConfigError (78) when nothing is left to search; OutputError
     (73) without room for the changes.
     """
-    axes = axes_of(plan.recipe.method, plan.options)
+    axes = axes_for(plan)
     start = {axis.key: float(getattr(plan.options, axis.key)) for axis in axes}
     scorer = Scorer(plan, records, cache, how)
     scores: list[list[RecordScore]] = []

@@ -185,6 +185,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"method": "della", "density": 0.9}, "window: 0.15 around density 0.9"),
     ({"dtype": "int8"}, "dtype: 'int8'"),
     ({"base": None}, "base: is required by ties"),
+    ({"base": None, "method": "linear", "scaling": 0.5}, "base: is required by linear with scaling 0.5"),
+    ({"base": None, "method": "slerp", "scaling": 2.0}, "base: is required by slerp with scaling 2"),
 ]
 
 

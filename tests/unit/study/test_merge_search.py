@@ -18,7 +18,7 @@ from h3scale.cli.main import app
 from h3scale.config.merge import OPTIONS, load_merge
 from h3scale.data.encode import encode_records
 from h3scale.data.sources import read_records
-from h3scale.errors import OutputError
+from h3scale.errors import ConfigError, OutputError
 from h3scale.evaluation.evaluate import open_model
 from h3scale.evaluation.score import score, score_encoded
 from h3scale.fusion.merge import How, plan_merge
@@ -151,6 +151,9 @@ def test_records_without_a_search_and_a_search_with_nothing_left_are_refused(wor
     more = ["--search", str(tmp_path / "why"), "--records", str(world / "validation.jsonl"), "scaling=1"]
     done = CliRunner().invoke(app, [*words, *more])
     assert "nothing is left to search, as scaling is given" in str(done.exception)
+    done = CliRunner().invoke(app, [word for word in [*words, *more[:-1]] if word not in ("--base", str(world / "base"))])
+    assert isinstance(done.exception, ConfigError)
+    assert "base: is required by linear where scaling is searched" in str(done.exception)
     assert not list(tmp_path.iterdir())
 
 

@@ -28,17 +28,23 @@ class Options(Strict):
         1.0, description="What the merged change is multiplied by before it is added to the base; 0 gives the base."
     )
 
+    @model_validator(mode="after")
+    def _weights_are_not_nothing(self) -> "Options":
+        if self.weights and not any(self.weights):
+            raise ValueError(f"weights: {self.weights}: all are 0, and nothing would be merged (works: one that is not; scaling=0)")
+        return self
+
     def weights_of(self, num_models: int) -> tuple[float, ...]:
         """The weights of so many models."""
         return tuple(self.weights) if self.weights is not None else (1.0,) * num_models
 
 
 class Positive(Options):
-    """Methods that divide by the sum of the weights, or rank what is weighted: no weight below 0, not all 0."""
+    """Methods that divide by the sum of the weights, or of some, or rank what is weighted: no weight below 0."""
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> "Positive":
-        if self.weights is not None and (min(self.weights) < 0 or sum(self.weights) <= 0):
+        if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"weights: {self.weights}: each 0 or more and their sum above 0 is needed by this method")
         return self
 
@@ -106,7 +112,7 @@ class Della(Random, Positive):
         return self
 
 
-class Breadcrumbs(Positive):
+class Breadcrumbs(Options):
     """Neither the largest nor the smallest entries."""
 
     density: Density = Field(0.2, description="Share of each delta that is kept, below the outliers.")
@@ -128,18 +134,12 @@ class ModelStock(Positive):
     """The mean, drawn to the base as far as the deltas disagree."""
 
 
-class Spectral(Options):
+class Spectral(Positive):
     """Methods on matrices; vectors get the weighted mean."""
 
     embeddings: Literal["svd", "mean"] = Field(
         "svd", description="mean leaves the embedding and the head out: their rows are words, and they are the largest tensors."
     )
-
-    @model_validator(mode="after")
-    def _weights_have_a_mean(self) -> "Spectral":
-        if self.weights is not None and (min(self.weights) < 0 or sum(self.weights) <= 0):
-            raise ValueError(f"weights: {self.weights}: each 0 or more and their sum above 0 is needed by this method")
-        return self
 
 
 class TsvM(Spectral):

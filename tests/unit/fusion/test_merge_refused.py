@@ -15,9 +15,11 @@ from sentencepiece import SentencePieceTrainer
 from h3scale.checkpoint.shards import read_json, write_json
 from h3scale.checkpoint.vocabulary import known_ids
 from h3scale.cli.merge import merge as merge_verb
-from h3scale.config.merge import load_merge, named
+from h3scale.config.merge import OPTIONS, load_merge, named
 from h3scale.errors import ConfigError, DataError, H3Error, MissingInputError, UnsafeError, UsageError
 from h3scale.fusion.compatible import tokenizer_findings
+from h3scale.merge.delta import dense
+from h3scale.merge.registry import merged_delta
 from h3scale.model.names import EMBEDDINGS
 from tests.unit.fusion.merging import close, run, whole
 
@@ -172,7 +174,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"models": ["helpful", "helpful"]}, "helpful is given twice"),
     ({"models": ["helpful", "base/../helpful"]}, "is given twice"),
     ({"weights": [1.0, -1.0]}, "their sum above 0"),
-    ({"weights": [0.0, 0.0]}, "their sum above 0"),
+    ({"weights": [0.0, 0.0]}, "all are 0"),
+    ({"weights": []}, "weights: 0 for 2 models"),
     ({"weights": [1.0, float("nan")]}, "finite number"),
     ({"weights": [1.0]}, "weights: 1 for 2 models (works: one each)"),
     ({"density": 0.0}, "density: 0.0: Input should be greater than 0"),
@@ -199,6 +202,25 @@ def test_a_bad_recipe_is_refused_with_what_would_work(
         load_merge(None, {"base": "base", "method": "ties", "models": ["helpful", "honest"], "out": "out", **values}, [])
     assert said in str(caught.value), caught.value.findings
     assert all("\n" not in finding for finding in caught.value.findings)
+
+
+AVERAGES = {"linear", "ties", "dare_ties", "della", "model_stock", "tsv_m", "iso_c", "iso_cts", "wudi", "resm"}
+
+
+@pytest.mark.parametrize("method", [method for method in OPTIONS if method != "slerp"])
+def test_weights_of_0_alone_are_refused_and_of_sum_0_where_a_mean_is_taken(method: str) -> None:
+    """Row 63 of the catalogue."""
+    values = {"base": "base", "method": method, "models": ["helpful", "honest"], "out": "out"}
+    with pytest.raises(ConfigError, match=r"weights: .*\[0.0, 0.0\]: all are 0"):
+        load_merge(None, values | {"weights": [0, 0]}, [])
+    if method in AVERAGES:
+        with pytest.raises(ConfigError, match="their sum above 0"):
+            load_merge(None, values | {"weights": [1, -1]}, [])
+    else:
+        _, options = load_merge(None, values | {"weights": [1, -1]}, [])
+        base_X, deltas = torch.zeros(4), [torch.tensor([3.0, -2.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, -3.0, 0.0])]
+        assert dense(merged_delta(method, base_X, deltas, options)).isfinite().all()
+    load_merge(None, values | {"weights": [1, 0]}, [])
 
 
 def test_other_things_that_cannot_be_are_one_line(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
         ("linear", (0.25, 0.25, 0.25), ("scaling=0.75",)),
         ("task_arithmetic", (1, 1, 1), ()),
         ("task_arithmetic", (0.5, -0.25, 0), ("weights=[1,-0.5,0]", "scaling=0.5")),
-        ("task_arithmetic", (0, 0, 0), ("weights=[0,0,0]",)),
+        ("task_arithmetic", (1, -1, 0), ("weights=[1,-1,0]",)),
     ],
 )
 def test_the_sum_is_that_of_fp64_to_the_rounding_of_fp32(

@@ -23,7 +23,7 @@ from h3scale.checkpoint.verify import examine
 from h3scale.errors import ConfigError, DataError
 from h3scale.log import logger
 from h3scale.model import names
-from h3scale.model.experts import ExpertMap
+from h3scale.model.experts import CONFIG_KEY, SHARED, ExpertMap
 
 _LOCAL_KEYS = ("auto_map", "_name_or_path")  # remote code, and paths of the machine it was made on
 _HEALED = ("remote-code", "pickles")  # findings of verify on what a release leaves out
@@ -106,6 +106,7 @@ def model_card(
         _evaluation(scores),
         _SOURCE if is_moe else "",
         _merge_section(merged),
+        _shared_section((config.get(CONFIG_KEY) or {}).get(SHARED)),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
 
@@ -169,12 +170,27 @@ def _merge_section(merged: dict[str, Any] | None) -> str:
     """How the weights were merged, from merge.json: method, options, parents by name with the sha256 of their weights."""
     if merged is None:
         return ""
-    paper = f" ([arXiv:{merged['paper']}](https://arxiv.org/abs/{merged['paper']}))" if merged["paper"] else ""
-    options = ", ".join(f"{key} {value}" for key, value in merged["options"].items())
     parents = {"base": {"kind": "base", "weight": "", **merged["base"]}, **merged["models"]}
     rows = [f"| {label} | {each['kind']} | {each['weight']} | {_sums(each['files'])} |" for label, each in parents.items()]
     head = ["| model | kind | weight | sha256 of its weights |", "|---|---|---:|---|"]
-    return "\n".join(["## Merge", "", f"{merged['title']}{paper} of dense models: {options}.", "", *head, *rows])
+    method, options = _method(merged)
+    return "\n".join(["## Merge", "", f"{method} of dense models: {options}.", "", *head, *rows])
+
+
+def _shared_section(shared: dict[str, Any] | None) -> str:
+    """How what is no expert was merged, from config.json."""
+    if shared is None:
+        return ""
+    method, options = _method(shared)
+    told = f"Attention, norms and embeddings were merged, before any training of the mixture, by {method}: {options}."
+    rows = [f"| {label} | {each['kind']} | {each['weight']} |" for label, each in shared["models"].items()]
+    return "\n".join(["## Merge", "", told, "", "| model | kind | weight |", "|---|---|---:|", *rows])
+
+
+def _method(merged: dict[str, Any]) -> tuple[str, str]:
+    """A merge's method with its paper, and its options."""
+    paper = f" ([arXiv:{merged['paper']}](https://arxiv.org/abs/{merged['paper']}))" if merged["paper"] else ""
+    return f"{merged['title']}{paper}", ", ".join(f"{key} {value}" for key, value in merged["options"].items())
 
 
 def _sums(files: dict[str, str] | None) -> str:

@@ -22,7 +22,8 @@ from h3scale.fusion.compatible import (
     tokenizer_folder,
 )
 from h3scale.fusion.sources import DenseSource, Source
-from h3scale.model.experts import ExpertMap
+from h3scale.merge.registry import METHODS
+from h3scale.model.experts import CONFIG_KEY, SHARED, ExpertMap
 from h3scale.model.families import moe_config
 from h3scale.model.names import DENSE_FFN, MOE
 from h3scale.topology import divisors
@@ -149,6 +150,8 @@ def make_plan(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecip
     check_fit(base, models, dense, shapes, tied)
     config = {key: value for key, value in dense.to_dict().items() if key not in _UNTOLD}
     config = moe_config(config, expert_map, recipe.top_k, where=str(base.path))
+    if recipe.shared in OPTIONS:
+        config[CONFIG_KEY][SHARED] = _provenance(recipe, models)  # where training and consolidation leave it
     ffn = ffn_names(config["num_hidden_layers"])
     shared = [name for name in shapes if name not in tied and name not in ffn]
     warnings = base_warnings(models) + equal_warnings(base, models, ffn)
@@ -172,6 +175,19 @@ def _shared(base: DenseSource, models: Mapping[str, Source], recipe: FuseRecipe,
     action = actions.get(recipe.shared, "merge")
     sources = ("base",) if recipe.shared == "base" else tuple(models)
     return [PlannedTensor(base.specs[name], action, sources, name) for name in names]
+
+
+def _provenance(recipe: FuseRecipe, models: Mapping[str, Source]) -> dict[str, Any]:
+    """For the model card: how what is no expert was merged, without paths."""
+    method, options = METHODS[recipe.shared], recipe.shared_options
+    pairs = zip(models.values(), options.weights_of(len(models)), strict=True)
+    return {
+        "method": recipe.shared,
+        "title": method.title,
+        "paper": method.paper,
+        "options": options.model_dump(exclude={"weights"}),
+        "models": {source.label: {"kind": source.kind, "weight": weight} for source, weight in pairs},
+    }
 
 
 def _experts(base: DenseSource, expert_map: ExpertMap, config: dict[str, Any]) -> list[PlannedTensor]:

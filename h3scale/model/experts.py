@@ -7,6 +7,7 @@ from typing import Any
 from h3scale.errors import DataError
 
 CONFIG_KEY = "h3scale"
+SHARED = "shared"  # beside the map: how what is no expert was merged, if it was
 
 
 @dataclass(frozen=True)

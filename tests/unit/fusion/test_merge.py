@@ -262,6 +262,31 @@ def test_fuse_merges_what_is_no_expert_by_a_method(place: Path, tmp_path: Path, 
     assert read_json(tmp_path / "out" / "fuse_report.json")["shared"]["method"] == method
 
 
+def test_the_model_card_of_a_fused_model_says_how_what_is_no_expert_was_merged(family: Path, tmp_path: Path) -> None:
+    models = {"helpful": str(family / "helpful"), "honest": str(family / "lora-honest")}
+    recipe = {"base": str(family / "base"), "models": models, "router": {"init": "random"}, "out": str(tmp_path / "out")}
+    fuse(FuseRecipe.model_validate(recipe | {"shared": "resm", "merge": {"outlier_kappa": 2.5, "weights": [1.0, 0.5]}}))
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # as training does, whose folder has no fuse_report.json
+    trained.save_pretrained(tmp_path / "trained")
+    for name in ("out", "trained"):
+        release(tmp_path / name, tmp_path / "release" / name, license="apache-2.0")
+        card = (tmp_path / "release" / name / "README.md").read_text()
+        assert "RESM (reconstruction) ([arXiv:2502.06876]" in card
+        assert "outlier_kappa 2.5" in card
+        assert {"| helpful | model | 1.0 |", "| honest | adapter | 0.5 |"} < set(card.splitlines())
+        assert str(tmp_path) not in card
+        assert str(family) not in card
+
+
+@pytest.mark.parametrize("shared", ["base", "average"])
+def test_the_model_card_of_other_fused_models_claims_no_merge(family: Path, tmp_path: Path, shared: str) -> None:
+    models = {label: str(family / label) for label in LABELS}
+    recipe = {"base": str(family / "base"), "models": models, "router": {"init": "random"}, "out": str(tmp_path / "out")}
+    fuse(FuseRecipe.model_validate(recipe | {"shared": shared}))
+    release(tmp_path / "out", tmp_path / "release", license="apache-2.0")
+    assert "## Merge" not in (tmp_path / "release" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

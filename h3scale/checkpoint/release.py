@@ -174,7 +174,11 @@ def _merge_section(merged: dict[str, Any] | None) -> str:
     rows = [f"| {label} | {each['kind']} | {each['weight']} | {_sums(each['files'])} |" for label, each in parents.items()]
     head = ["| model | kind | weight | sha256 of its weights |", "|---|---|---:|---|"]
     method, options = _method(merged)
-    return "\n".join(["## Merge", "", f"{method} of dense models: {options}.", "", *head, *rows])
+    search = merged.get("search")
+    told = f"{method} of dense models: {options}."
+    if search:
+        told += f" {', '.join(search['searched'])} chosen by the likelihood of {search['records']} validation records."
+    return "\n".join(["## Merge", "", told, "", *head, *rows])
 
 
 def _shared_section(shared: dict[str, Any] | None) -> str:

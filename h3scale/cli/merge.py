@@ -86,11 +86,13 @@ def merge(
         if dry_run:
             _show(plan_merge(checked, options))
             return
+        searched = None
         if search is not None:
             check_output(checked.out, force)
             plan = plan_merge(checked, options, device)
-            options = search_into(search, plan, records or [], records_per_alignment, budget, how, force).options
-        done = carry_out(checked, options, force, how, _show)
+            choice = search_into(search, plan, records or [], records_per_alignment, budget, how, force)
+            options, searched = choice.options, choice.summary()
+        done = carry_out(checked, options, force, how, _show, searched)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"
     print(f"merged model: {done.out}, {told}   next: h3scale checkpoint verify {done.out}")
 

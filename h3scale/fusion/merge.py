@@ -107,12 +107,19 @@ def plan_merge(recipe: MergeRecipe, options: Options, device: str = "cpu") -> Me
     return MergePlan(recipe, options, parents, tensors, config, tokenizer, tuple(warnings))
 
 
-def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How | None = None, show: Any = None) -> MergeSummary:
+def merge(
+    recipe: MergeRecipe,
+    options: Options,
+    force: bool = False,
+    how: How | None = None,
+    show: Any = None,
+    searched: Mapping[str, Any] | None = None,
+) -> MergeSummary:
     """Writes the merged model to `recipe.out`, whole or not at all; the same call goes on where a killed one was.
 
-    `show` gets the plan before anything is written. Raises OutputError (73) when `out` exists, UnsafeError (77) when replacing it
-    would take a parent away, UsageError (2) for a device that is not there, what plan_merge raises, and DataError (65) for values
-    that are not finite.
+    `show` gets the plan before anything is written; `searched`: how the options were chosen, for merge.json. Raises OutputError
+    (73) when `out` exists, UnsafeError (77) when replacing it would take a parent away, UsageError (2) for a device that is not
+    there, what plan_merge raises, and DataError (65) for values that are not finite.
     """
     start, how, out = time.monotonic(), how or How(), Path(recipe.out)
     check_output(out, force)
@@ -129,7 +136,7 @@ def merge(recipe: MergeRecipe, options: Options, force: bool = False, how: How |
         hashes = write_shards(work, shards, outputs, "merge", how.num_workers, how.receipt, how.fsync, inputs=False)
         write_descriptions(work.folder, plan.config, shards)
         _copy_extras(plan, work.folder)
-        write_json(work.folder / MERGE, provenance(plan, how))
+        write_json(work.folder / MERGE, provenance(plan, how) | {"search": searched})
         if how.receipt:
             write_json(work.folder / RECEIPT, make_receipt(work.folder, _about(plan), shards, outputs, hashes))
     return MergeSummary(out, plan, sum(shard.num_bytes for shard in shards), time.monotonic() - start)

@@ -85,6 +85,10 @@ class Choice:
     options: Options
     result: dict[str, Any]
 
+    def summary(self) -> dict[str, Any]:
+        """For merge.json: what was searched and found, without the trials."""
+        return {key: self.result[key] for key in ("minimised", "searched", "budget", "records", "best", "paired")}
+
 
 def search(
     plan: MergePlan, records: Sequence[Record], budget: int, cache: Path, how: How, show: Callable[[str], None] = print

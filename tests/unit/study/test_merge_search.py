@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from h3scale.checkpoint.release import release
 from h3scale.cli.main import app
 from h3scale.config.merge import OPTIONS, load_merge
 from h3scale.data.encode import encode_records
@@ -275,3 +276,19 @@ def test_another_search_is_not_taken_for_this_one(world: Path, tmp_path: Path) -
     done = CliRunner().invoke(app, words_to_search(world, tmp_path))
     assert isinstance(done.exception, OutputError), done.output
     assert "why: exists already" in str(done.exception)
+
+
+def test_a_merge_that_was_searched_says_so_and_another_does_not(world: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, words_to_search(world, tmp_path))
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "why" / "search.json").read_text())
+    told = json.loads((tmp_path / "merged" / "merge.json").read_text())["search"]
+    assert told == {key: result[key] for key in ("minimised", "searched", "budget", "records", "best", "paired")}
+    release(tmp_path / "merged", tmp_path / "release", license="mit")
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert f"scaling, density chosen by the likelihood of {result['records']} validation records" in card
+    best = [f"{key}={value}" for key, value in result["best"]["point"].items()]
+    words = [str(world / label) for label in ALIGNMENTS] + ["--base", str(world / "base"), "--method", "ties", *best]
+    done = CliRunner().invoke(app, ["merge", *words, "--no-fsync", "--no-hashes", "--out", str(tmp_path / "by-hand")])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "by-hand" / "merge.json").read_text())["search"] is None

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from h3scale.checkpoint.shards import ModelFolder, check_output, copy_tokenizer, new_folder, write_json, write_model
+from h3scale.checkpoint.shards import ModelFolder, check_output, new_folder, write_json, write_model
 from h3scale.config.data import Data
 from h3scale.config.fuse import FuseRecipe, RouterStart
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.records import Record, split_by_instruction
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError
+from h3scale.fusion.conversation import copy_conversation
 from h3scale.fusion.device import placed
 from h3scale.fusion.merged import Merger
 from h3scale.fusion.parents import Parents
@@ -87,10 +88,7 @@ def fuse(recipe: FuseRecipe, force: bool = False, show: Callable[[Plan], None] |
         specs = [planned.spec for planned in plan.tensors]
         merger = _merger(recipe, plan, base, models)
         write_model(folder, plan.config, specs, lambda name: _produce(plan.by_name[name], sources, merger), what="fuse")
-        if plan.tokenizer is not None:
-            copy_tokenizer(plan.tokenizer, folder)
-        if (base.path / "generation_config.json").is_file():
-            shutil.copyfile(base.path / "generation_config.json", folder / "generation_config.json")
+        copy_conversation(plan.tokenizer, base.path, folder)
         report = start_router(folder, plan, recipe.router, records)
         write_json(folder / REPORT, _report(plan, report, records))
     return Summary(out, plan, report)

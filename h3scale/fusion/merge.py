@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,13 @@ from h3scale.checkpoint.model_writer import MAX_SHARD_BYTES, MAX_WORKERS, write_
 from h3scale.checkpoint.receipt import RECEIPT, make_receipt, sha256
 from h3scale.checkpoint.release import MERGE
 from h3scale.checkpoint.shard_files import ShardFile, TensorSpec, plan_shards
-from h3scale.checkpoint.shards import GENERATION, check_output, copy_tokenizer, write_descriptions, write_json
+from h3scale.checkpoint.shards import check_output, write_descriptions, write_json
 from h3scale.checkpoint.stream import Output, Piece
 from h3scale.config.merge import MergeRecipe, Options
 from h3scale.config.recipe import DenseFamily
 from h3scale.errors import DataError
 from h3scale.fusion.compatible import base_warnings, check_fit, expected_shapes, full_config, tokenizer_folder
+from h3scale.fusion.conversation import copy_conversation
 from h3scale.fusion.device import check_device
 from h3scale.fusion.merged import Merger
 from h3scale.fusion.parents import Parents
@@ -135,7 +135,7 @@ def merge(
         # merge.json has the sha256 of what was read, file by file
         hashes = write_shards(work, shards, outputs, "merge", how.num_workers, how.receipt, how.fsync, inputs=False)
         write_descriptions(work.folder, plan.config, shards)
-        _copy_extras(plan, work.folder)
+        copy_conversation(plan.tokenizer, plan.parents.base.path, work.folder)
         write_json(work.folder / MERGE, provenance(plan, how) | {"search": searched})
         if how.receipt:
             write_json(work.folder / RECEIPT, make_receipt(work.folder, _about(plan), shards, outputs, hashes))
@@ -181,13 +181,6 @@ def _checked(base: DenseSource, models: Mapping[str, Source], recipe: MergeRecip
     shapes, tied = expected_shapes(dense)
     check_fit(base, models, dense, shapes, tied, same_dtype=recipe.dtype is None)
     return {name: shape for name, shape in shapes.items() if name not in tied}
-
-
-def _copy_extras(plan: MergePlan, folder: Path) -> None:
-    if plan.tokenizer is not None:
-        copy_tokenizer(plan.tokenizer, folder)
-    if (plan.parents.base.path / GENERATION).is_file():
-        shutil.copyfile(plan.parents.base.path / GENERATION, folder / GENERATION)
 
 
 def _files(source: Source) -> list[Path]:

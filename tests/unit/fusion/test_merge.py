@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from h3scale.checkpoint.receipt import check_receipt, sha256
 from h3scale.checkpoint.release import release
-from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
 from h3scale.checkpoint.verify import verify
 from h3scale.config.fuse import FuseRecipe
 from h3scale.config.merge import OPTIONS, load_merge
@@ -20,7 +20,7 @@ from h3scale.fusion.merge import How, plan_merge
 from h3scale.fusion.merged import Budget, Merger
 from h3scale.merge.delta import Site, dense
 from h3scale.merge.registry import METHODS, merged_delta
-from tests.tiny import DENSE_FAMILIES, tiny_aligned, tiny_dense, tiny_llama
+from tests.tiny import DENSE_FAMILIES, tiny_aligned, tiny_dense, tiny_llama, tiny_tokenizer
 from tests.unit.fusion.merging import LABELS, TARGETS, close, models_for, run, whole
 
 
@@ -241,6 +241,36 @@ def test_folders_without_a_tokenizer_merge_with_a_note(tmp_path: Path) -> None:
     assert "have no tokenizer" in note
     run(tmp_path, tmp_path / "out", "linear", ["m1", "m2"])
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def without_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {key: value for key, value in settings.items() if key != "chat_template"})
+
+
+@pytest.mark.parametrize("verb", ["merge", "fuse"])
+@pytest.mark.parametrize("told", [True, False], ids=["told by it", "told by the base alone"])
+def test_how_an_answer_ends_is_taken_from_where_the_tokenizer_is(family: Path, tmp_path: Path, verb: str, told: bool) -> None:
+    """A base that cannot converse ends at another token than the model that has learned to."""
+    for name in ("base", "helpful", "honest"):
+        shutil.copytree(family / name, tmp_path / name)
+        without_template(tmp_path / name)
+        write_json(tmp_path / name / "generation_config.json", {"eos_token_id": 3})
+    tiny_tokenizer(tmp_path / "honest")
+    learned = {"eos_token_id": [3, 5]}
+    if told:
+        write_json(tmp_path / "honest" / "generation_config.json", learned)
+    else:
+        (tmp_path / "honest" / "generation_config.json").unlink()
+    if verb == "merge":
+        run(tmp_path, tmp_path / "out", "linear", ["helpful", "honest"])
+    else:
+        recipe = {"base": str(tmp_path / "base"), "models": {label: str(tmp_path / label) for label in ("helpful", "honest")}}
+        fuse(FuseRecipe.model_validate(recipe | {"router": {"init": "random"}, "out": str(tmp_path / "out")}))
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    wanted = learned if told else read_json(tmp_path / "base" / "generation_config.json")
+    assert read_json(tmp_path / "out" / "generation_config.json") == wanted
 
 
 # ---------------------------------------------------------------- fuse with a method for what is no expert

@@ -272,3 +272,17 @@ def test_results_hold_the_command_the_commit_and_no_path() -> None:
         result = json.loads(path.read_text())
         assert {"command", "machine", "versions", "subjects"} <= set(result), path.name
         assert result["versions"]["h3scale"] != "unknown", path.name
+
+
+def test_the_tables_of_experts_and_steps_are_what_their_results_say(tmp_path: Path) -> None:
+    """In a copy: `python benchmarks/tables.py` leaves the README as it is, and a figure that was typed in does not stay."""
+    for folder in ("benchmarks", "h3scale"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    readme = tmp_path / "benchmarks" / "README.md"
+    kept = readme.read_text()
+    table = kept.partition("<!-- layer -->")[2].partition("<!-- /layer -->")[0]
+    readme.write_text(kept.replace(table, table.replace("**0.98**", "**0.50**")))
+    assert readme.read_text() != kept
+    command = [sys.executable, "benchmarks/tables.py"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert readme.read_text() == kept

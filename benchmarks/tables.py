@@ -1,0 +1,78 @@
+"""Writes the tables of results/moe_layer.json and train_step.json into README.md: python benchmarks/tables.py.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is written anew, the rest is left alone.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from measure import ROOT
+from train_models import TOP_K
+
+Rows = list[dict[str, Any]]
+README = ROOT / "benchmarks" / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+DENSE = "dense, the same rows"
+
+
+def layer_table(rows: Rows) -> str:
+    """Times of the dense FFN on as many rows, a column for each size; ours bold."""
+    sizes = list(dict.fromkeys(_size(row) for row in rows))
+    beside = {(row["what"], _size(row)): row["beside_dense"] for row in rows if "beside_dense" in row}
+    names = [name for name in dict.fromkeys(name for name, _ in beside) if name != DENSE]
+    lines = [
+        ["forward and backward, times dense", *(_shown(size) for size in sizes)],
+        ["---"] * (len(sizes) + 1),
+        ["rows an expert", *(str(tokens * TOP_K // experts) for experts, tokens, _ in sizes)],
+    ]
+    for name in names:
+        cells = ["" if (name, size) not in beside else f"{beside[name, size]:.2f}" for size in sizes]
+        lines.append([name, *(f"**{cell}**" if cell and name.startswith("h3scale") else cell for cell in cells)])
+    return _table(lines)
+
+
+def step_table(rows: Rows) -> str:
+    """Real tokens a second of whole steps, ours first."""
+    lines = [["whole steps, fp32", "real tokens a second", "h3scale is as many times as fast"], ["---"] * 3]
+    for row in rows:
+        if "tokens_per_s" in row:
+            padding = f" ({row['padding']:.0%} padding)" if row["padding"] else ""
+            lines.append([row["what"] + padding, f"{row['tokens_per_s']:,.0f}", f"{row['h3scale_is_faster']:.2f}"])
+    return _table(lines)
+
+
+TABLES: Mapping[str, tuple[str, str, Callable[[Rows], str]]] = {
+    "layer": ("moe_layer.json", "layer", layer_table),
+    "step": ("train_step.json", "step", step_table),
+}
+
+
+def written(text: str) -> str:
+    """The text with its tables as the results have them. ValueError where a table has no place in it."""
+    for name, (file, subject, make) in TABLES.items():
+        rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["subjects"][subject]["rows"]
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = place.subn(lambda found, table=make(rows): found[1] + table + found[2], text)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"README.md: <!-- {name} --> is there {count} times (works: once)")
+    return text
+
+
+def _size(row: dict[str, Any]) -> tuple[int, int, str]:
+    return row["experts"], row["tokens"], row["dtype"]
+
+
+def _shown(size: tuple[int, int, str]) -> str:
+    experts, tokens, dtype = size
+    return f"{experts} experts, {tokens:,} tokens" + ("" if dtype == "bf16" else f", {dtype}")
+
+
+def _table(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- ", "|---").replace("--- |", "---|")
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"{README.relative_to(ROOT)}: {', '.join(TABLES)}")

@@ -4,7 +4,6 @@ A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is wr
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -53,10 +52,11 @@ def written(text: str) -> str:
     """The text with its tables as the results have them. ValueError where a table has no place in it."""
     for name, (file, subject, make) in TABLES.items():
         rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["subjects"][subject]["rows"]
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = place.subn(lambda found, table=make(rows): found[1] + table + found[2], text)  # type: ignore[misc]
-        if count != 1:
-            raise ValueError(f"README.md: <!-- {name} --> is there {count} times (works: once)")
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not end:
+            raise ValueError(f"README.md: no <!-- {name} --> with a <!-- /{name} --> after it")
+        text = before + begin + make(rows) + end + after
     return text
 
 

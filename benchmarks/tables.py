@@ -1,4 +1,4 @@
-"""Writes the tables of results/moe_layer.json and train_step.json into README.md: python benchmarks/tables.py.
+"""Writes the tables of results/moe_layer.json, train_step.json and merge_oracle.json into README.md: python benchmarks/tables.py.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is written anew, the rest is left alone.
 """
@@ -42,9 +42,26 @@ def step_table(rows: Rows) -> str:
     return _table(lines)
 
 
+def oracle_table(rows: Rows) -> str:
+    """Relative Frobenius distance of TSV-M's and RESM's merged deltas from fp64; LoRA's in weights also from that of the factors."""
+    lines = [
+        ["distance from fp64, TSV-M / RESM", "h3scale", "torch.linalg.svd, fp32", "of the factors: h3scale", "torch.linalg.svd"],
+        ["---"] * 5,
+    ]
+    for deltas in dict.fromkeys(row["deltas"] for row in rows):
+        cells = []
+        for key in ("error", "from_factors"):
+            for way in ("h3scale", "torch.linalg.svd"):
+                found = [row[key] for row in rows if row["deltas"] == deltas and row["what"].startswith(way) and key in row]
+                cells.append(" / ".join(f"{value:.1e}" for value in found))
+        lines.append([deltas, *cells])
+    return _table(lines)
+
+
 TABLES: Mapping[str, tuple[str, str, Callable[[Rows], str]]] = {
     "layer": ("moe_layer.json", "layer", layer_table),
     "step": ("train_step.json", "step", step_table),
+    "oracle": ("merge_oracle.json", "oracle", oracle_table),
 }
 
 

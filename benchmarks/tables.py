@@ -43,7 +43,7 @@ def step_table(rows: Rows) -> str:
 
 
 def oracle_table(rows: Rows) -> str:
-    """Relative Frobenius distance of TSV-M's and RESM's merged deltas from fp64; LoRA's in weights also from that of the factors."""
+    """Relative Frobenius distance of merged deltas from fp64; of LoRA in stored weights also from what its factors give."""
     lines = [
         ["distance from fp64, TSV-M / RESM", "h3scale", "torch.linalg.svd, fp32", "of the factors: h3scale", "torch.linalg.svd"],
         ["---"] * 5,

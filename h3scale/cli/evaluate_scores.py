@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from h3scale.evaluation.score_plots import Key
 
 INTERVAL_WIDTH = 18  # as in +0.123 to +0.456
+MEAN_WIDTH = 8  # as in +0.123 -
+GAP = 3  # between columns
 
 
 def show_scores(console: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -21,15 +23,19 @@ def show_scores(console: Any, results: Mapping[str, Mapping[str, Any]]) -> None:
     keys = score_keys(results)
     with_intervals = _fit(console, keys, len(results) + 1)
     told = "95% intervals" if with_intervals else "intervals in the picture and in the JSON"
-    table = _table(f"Suite {first['suite']}, {told}; higher is better, but for NLL", [*results, "items"])
-    for key in keys:
-        found = [score_at(result, key) for result in results.values()]
-        means = {score["mean"] for score in found if score}
-        best = max(means) if HIGHER_IS_BETTER[key[1]] else min(means)
-        cells = [_cell(score, len(means) > 1 and score is not None and score["mean"] == best, with_intervals) for score in found]
-        counts = {score["items"] for score in found if score}
-        table.add_row(score_name(key), *cells, " / ".join(str(count) for count in sorted(counts)))
-    console.print(table)
+    title = f"Suite {first['suite']}, {told}; higher is better, but for NLL"
+    for names in _tables(console, keys, [*results, "items"]):
+        table = _table(title, names)
+        for key in keys:
+            found = {name: score_at(result, key) for name, result in results.items()}
+            means = {score["mean"] for score in found.values() if score}
+            best = max(means) if HIGHER_IS_BETTER[key[1]] else min(means)
+            counts = sorted({score["items"] for score in found.values() if score})
+            cells = {name: _cell(score, best if len(means) > 1 else None, with_intervals) for name, score in found.items()}
+            cells["items"] = " / ".join(map(str, counts))
+            table.add_row(score_name(key), *(cells[name] for name in names))
+        console.print(table)
+        title = ""
     _show_paired(console, results)
     for note in dict.fromkeys(note for result in results.values() for note in result["notes"]):
         concerned = [name for name, result in results.items() if note in result["notes"]]
@@ -44,16 +50,19 @@ def _show_paired(console: Any, results: Mapping[str, Mapping[str, Any]]) -> None
     paired = results[last].get("paired")
     if not paired:
         return
-    table = _table(f"{last} minus each other model, on the same items; + better, - worse beyond chance", list(paired))
+    title = f"{last} minus each other model, on the same items; + better, - worse beyond chance"
     keys = score_keys({last: results[last]})
     with_intervals = _fit(console, keys, len(paired))
-    for key in keys:
-        cells = []
-        for differences in paired.values():
-            found = next((d for d in differences if (d["task"], d["metric"], d["alignment"]) == key), None)
-            cells.append(_difference(found, with_intervals) if found else "")
-        table.add_row(score_name(key), *cells)
-    console.print(table)
+    for names in _tables(console, keys, list(paired)):
+        table = _table(title, names)
+        for key in keys:
+            cells = []
+            for differences in (paired[name] for name in names):
+                found = next((d for d in differences if (d["task"], d["metric"], d["alignment"]) == key), None)
+                cells.append(_difference(found, with_intervals) if found else "")
+            table.add_row(score_name(key), *cells)
+        console.print(table)
+        title = ""
     told = [d for differences in paired.values() for d in differences]
     sure = sum(d["better"] is not None for d in told)
     chance = "of differences that are none, one in twenty looks like one"
@@ -67,10 +76,29 @@ def _fit(console: Any, keys: Sequence[Key], columns: int) -> bool:
     return max(len(score_name(key)) for key in keys) + columns * (INTERVAL_WIDTH + 2) <= console.width
 
 
-def _cell(score: Mapping[str, Any] | None, is_best: bool, with_interval: bool) -> str:
+def _tables(console: Any, keys: Sequence[Key], names: list[str]) -> list[list[str]]:
+    """The columns of one table after another, as many in each as the terminal is wide: what a row is must not be squeezed out."""
+    from h3scale.evaluation.score_plots import score_name
+
+    if _fit(console, keys, len(names)):
+        return [names]
+    room = console.width - max(len(score_name(key)) for key in keys) - 2 * GAP
+    tables: list[list[str]] = [[]]
+    used = 0
+    for name in names:
+        width = max(len(name), MEAN_WIDTH) + GAP
+        if tables[-1] and used + width > room:
+            tables.append([])
+            used = 0
+        tables[-1].append(name)
+        used += width
+    return tables
+
+
+def _cell(score: Mapping[str, Any] | None, best: float | None, with_interval: bool) -> str:
     if score is None:
         return ""
-    mean = f"[bold]{score['mean']:.3f}[/]" if is_best else f"{score['mean']:.3f}"
+    mean = f"[bold]{score['mean']:.3f}[/]" if score["mean"] == best else f"{score['mean']:.3f}"
     return f"{mean}\n[dim]{score['low']:.3f} to {score['high']:.3f}[/]" if with_interval else mean
 
 

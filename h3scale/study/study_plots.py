@@ -30,6 +30,8 @@ NAMES = {
     SINGLE: "base and aligned models",
 }
 
+FLOOR = -1.5  # gains below it leave the picture, which is of the models that one would take
+
 Results = Mapping[str, Any]
 
 
@@ -82,6 +84,9 @@ def _parallel(results: Results) -> Made | None:
             alpha=1.0 if is_best else 0.3,
             zorder=3 if is_best else 2,
         )
+    below = sum(min(gains) < FLOOR for gains in rows.values())
+    if below:
+        axes.set_ylim(bottom=FLOOR)
     _end_names(axes, [(rows[name][-1], name, COLOURS[group]) for name, group in best.items()], len(places) - 1)
     for value, text in ((0.0, "the base"), (1.0, "the best aligned model")):
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
@@ -90,6 +95,7 @@ def _parallel(results: Results) -> Made | None:
     axes.grid(visible=True, axis="x")
     axes.set_title("gain", loc="left", color=MUTED, fontsize=9)
     note = "Strong lines: of each kind the model with the lowest mean NLL. A level line is a balanced model."
+    note += f" Of {below} models a gain is below {FLOOR:g}: their lines leave the picture." if below else ""
     return "What each model gains on each alignment", note, figure
 
 
@@ -109,6 +115,9 @@ def _pareto(results: Results) -> Made | None:
         if number["low"] is not None:
             axes.plot([cost, cost], [number["low"], number["high"]], color=colour, linewidth=1.2, alpha=0.35)
         axes.plot(cost, value, "o", color=colour, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.6)
+    below = sum(value < FLOOR for _, value, _ in points.values())
+    if below:
+        axes.set_ylim(bottom=FLOOR)
     edge = frontier({name: (cost, value) for name, (cost, value, _) in points.items()})
     axes.plot(
         [points[n][0] for n in edge], [points[n][1] for n in edge], color=MUTED, linewidth=1, drawstyle="steps-post", zorder=1
@@ -116,10 +125,12 @@ def _pareto(results: Results) -> Made | None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_formatter(_plain)
-    _point_names(axes, results, {n: points[n][:2] for n in (*edge, *best_of_groups(results).values()) if n in points})
+    named = [n for n in (*edge, *best_of_groups(results).values()) if n in points and points[n][1] >= FLOOR]
+    _point_names(axes, results, {n: points[n][:2] for n in named})
     axes.set_xlabel("seconds of training and making, after the base")
     axes.set_title("balance: the least gain", loc="left", color=MUTED, fontsize=9)
     note = "Up is balanced, left is cheap; the line joins models that no other beats in both. Bars: 95% intervals of the items."
+    note += f" {below} models are below {FLOOR:g}." if below else ""
     note += f" Not shown: {unknown} whose time is not known." if unknown else ""
     return "What balance costs", note, figure
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from h3scale.config.recipe import RouterLoss
 from h3scale.data.collate import PADDING, RESPONSE
 from h3scale.train.loss import votes_of
-from h3scale.train.router_terms import RouterTerms
+from h3scale.train.router_terms import Routed, RouterTerms
 
 Terms = Callable[..., RouterTerms]
 OUTER = 1.7  # what the loss is multiplied by on its way to the total
@@ -34,9 +34,10 @@ class RouterCase:
     ):
         generator = torch.Generator().manual_seed(seed)
         shape = (num_layers, num_tokens, len(owners))
-        # No two logits of a token are alike, in bf16 neither: which of two equal ones is taken is nobody's to say.
+        # No two logits of a token are alike, in bf16 neither, nor sums over layers: of two equal ones either may be taken.
         places = torch.rand(shape, generator=generator).argsort(-1)
-        self.logits_LTE = (places * 0.75 - 1.5).to(dtype).to(device)
+        scales_L11 = torch.arange(2, num_layers + 2).sqrt().view(-1, 1, 1)
+        self.logits_LTE = ((places * 0.75 - 1.5) * scales_L11).to(dtype).to(device)
         num_alignments = 1 + max(owner for owner in owners if owner is not None)
         self.member_AE = torch.tensor([[owner == a for owner in owners] for a in range(num_alignments)]).to(device)
         kind_T = torch.randint(0, 5, (num_tokens,), generator=generator)
@@ -63,7 +64,7 @@ class RouterCase:
         torch.autograd.grad(total, leaves, outer)
 
     def _call(self, function: Terms, logits_LTE: Tensor, votes_T: Tensor) -> RouterTerms:
-        return function(logits_LTE, self.labels_T, votes_T, self.member_AE, self.recipe, self.top_k, self.shares_LE)
+        return function(logits_LTE, Routed(self.labels_T, votes_T, self.member_AE, self.recipe, self.top_k, self.shares_LE))
 
 
 def count_operations(case: RouterCase, function: Terms) -> Counter[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from h3scale.config.recipe import RouterLoss
 from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
 from h3scale.train.balance import Balance
-from h3scale.train.router_terms import router_terms
+from h3scale.train.router_terms import Routed, router_terms
 from h3scale.train.token_nll import token_nll
 
 ROLE_OF_VOTE = {"prompt": PROMPT, "response": RESPONSE}
@@ -60,7 +60,7 @@ def compute_losses(
         labels_T, votes_T = batch.alignment_ids.flatten(), votes_of(batch.roles.flatten(), recipe.vote)
         top_k = engine.module.config.num_experts_per_tok
         shares_LE = balance.shares_LE if balance else None
-        terms = router_terms(output.router_logits, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
+        terms = router_terms(output.router_logits, Routed(labels_T, votes_T, member_AE, recipe, top_k, shares_LE))
         total = torch.add(total, terms.loss, alpha=1 / counts.votes)
         sums |= terms.sums
         if balance and terms.first_choices_LE is not None:

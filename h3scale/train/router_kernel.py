@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from h3scale.config.recipe import RouterLoss
-from h3scale.train.router_terms import RouterTerms
+from h3scale.train.router_terms import Routed, RouterTerms
 
 TOKENS = 32  # of one program: 8,192 tokens are twice as many programs as an H100 has multiprocessors
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -24,43 +23,28 @@ SCALARS = ("loss", "router", "router_z", "router_balance")
 BY_ALIGNMENT = ("votes_A", "routed_A", "router_A")
 
 
-def fused_terms(
-    logits_LTE: Tensor,
-    labels_T: Tensor,
-    votes_T: Tensor,
-    member_AE: Tensor,
-    recipe: RouterLoss,
-    top_k: int,
-    shares_LE: Tensor | None,
-) -> RouterTerms:
+def fused_terms(logits_LTE: Tensor, routed: Routed) -> RouterTerms:
     """What `plain_terms` gives, but for rounding; sums are float64."""
-    loss, found = _Fused.apply(logits_LTE, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
-    (num_layers, _, num_experts), num_alignments = logits_LTE.shape, len(member_AE)
+    loss, found = _Fused.apply(logits_LTE, routed)
+    (num_layers, _, num_experts), num_alignments = logits_LTE.shape, len(routed.member_AE)
     table = num_layers * num_experts
-    scalars, routed, tokens, chosen = found.split([len(SCALARS), len(BY_ALIGNMENT) * num_alignments, table, table])
+    scalars, by_alignment, tokens, chosen = found.split([len(SCALARS), len(BY_ALIGNMENT) * num_alignments, table, table])
     sums = dict(zip(SCALARS[1:], scalars[1:], strict=True)) | dict(
-        zip(BY_ALIGNMENT, routed.view(len(BY_ALIGNMENT), -1), strict=True)
+        zip(BY_ALIGNMENT, by_alignment.view(len(BY_ALIGNMENT), -1), strict=True)
     )
-    if shares_LE is None:
+    is_balanced = routed.shares_LE is not None
+    if not is_balanced:
         del sums["router_balance"]
     sums["tokens_per_expert_LE"] = tokens.view(num_layers, num_experts)
-    return RouterTerms(loss, sums, None if shares_LE is None else chosen.view(num_layers, num_experts))
+    return RouterTerms(loss, sums, chosen.view(num_layers, num_experts) if is_balanced else None)
 
 
 class _Fused(torch.autograd.Function):
     """The gradient is made with the loss, while the logits are at hand; backward scales it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits_LTE: Tensor,
-        labels_T: Tensor,
-        votes_T: Tensor,
-        member_AE: Tensor,
-        recipe: RouterLoss,
-        top_k: int,
-        shares_LE: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_LTE: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
+        member_AE, shares_LE, recipe = routed.member_AE, routed.shares_LE, routed.recipe
         num_layers, num_tokens, num_experts = logits_LTE.shape
         num_programs = triton.cdiv(num_tokens, TOKENS)
         table = num_layers * num_experts
@@ -70,8 +54,8 @@ class _Fused(torch.autograd.Function):
         gradient_LTE = torch.empty_like(logits_LTE, dtype=torch.float32) if has_gradient else found_PN
         _kernel[(num_programs,)](
             logits_LTE,
-            labels_T,
-            votes_T.view(torch.uint8),
+            routed.labels_T,
+            routed.votes_T.view(torch.uint8),
             member_AE.view(torch.uint8),
             found_PN if shares_LE is None else shares_LE,
             gradient_LTE,
@@ -84,7 +68,7 @@ class _Fused(torch.autograd.Function):
             recipe.balance_weight,
             NUM_EXPERTS=num_experts,
             NUM_ALIGNMENTS=len(member_AE),
-            TOP_K=top_k,
+            TOP_K=routed.top_k,
             HAS_GRADIENT=has_gradient,
             HAS_SHARES=shares_LE is not None,
             BLOCK_T=TOKENS,
@@ -101,11 +85,11 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
         if outer[0] is None:
-            return (None,) * 7
+            return None, None
         (gradient_LTE,) = ctx.saved_tensors
         scaled_LTE = torch.empty_like(gradient_LTE, dtype=ctx.dtype)
         torch.mul(gradient_LTE, outer[0], out=scaled_LTE)
-        return scaled_LTE, *[None] * 6
+        return scaled_LTE, None
 
 
 @triton.jit

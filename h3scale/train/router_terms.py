@@ -16,6 +16,22 @@ from h3scale.model.router import alignment_log_probs, balance_loss_sum, first_ch
 
 
 @dataclass(frozen=True)
+class Routed:
+    """The tokens that the router's logits are of, and what is asked of them.
+
+    `labels_T`: alignment ids, -1 on padding. `votes_T`: which tokens count, bool. `member_AE`: which expert is of which alignment.
+    `shares_LE`: how an earlier batch was shared out (train.balance), None where nothing is balanced.
+    """
+
+    labels_T: Tensor
+    votes_T: Tensor
+    member_AE: Tensor
+    recipe: RouterLoss
+    top_k: int
+    shares_LE: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class RouterTerms:
     """Sums over a micro-batch. `loss`: the router's losses times their weights, to be differentiated. `sums`: for the log.
 
@@ -27,58 +43,40 @@ class RouterTerms:
     first_choices_LE: Tensor | None
 
 
-def router_terms(
-    router_logits: Sequence[Tensor],
-    labels_T: Tensor,
-    votes_T: Tensor,
-    member_AE: Tensor,
-    recipe: RouterLoss,
-    top_k: int,
-    shares_LE: Tensor | None,
-) -> RouterTerms:
-    """From the router's logits of every layer, (T, E) each: on a GPU by one kernel (train.router_kernel), else by torch.
-
-    `shares_LE`: how an earlier batch was shared out (train.balance), None where nothing is balanced.
-    """
+def router_terms(router_logits: Sequence[Tensor], routed: Routed) -> RouterTerms:
+    """From the router's logits of every layer, (T, E) each: on a GPU by one kernel (train.router_kernel), else by torch."""
     logits_LTE = torch.stack(tuple(router_logits))
     if logits_LTE.is_cuda and has_triton():
         from h3scale.train.router_kernel import fused_terms
 
-        return fused_terms(logits_LTE, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
-    return plain_terms(logits_LTE, labels_T, votes_T, member_AE, recipe, top_k, shares_LE)
+        return fused_terms(logits_LTE, routed)
+    return plain_terms(logits_LTE, routed)
 
 
-def plain_terms(
-    logits_LTE: Tensor,
-    labels_T: Tensor,
-    votes_T: Tensor,
-    member_AE: Tensor,
-    recipe: RouterLoss,
-    top_k: int,
-    shares_LE: Tensor | None,
-) -> RouterTerms:
+def plain_terms(logits_LTE: Tensor, routed: Routed) -> RouterTerms:
     """The same by torch's own operations."""
     logits_LTE = logits_LTE.float()
     loss, sums = logits_LTE.new_zeros(()), {}
-    for name, weight, term in _losses(logits_LTE, labels_T, votes_T, member_AE, recipe, shares_LE):
+    labels_T, votes_T, member_AE = routed.labels_T, routed.votes_T, routed.member_AE
+    for name, weight, term in _losses(logits_LTE, routed):
         sums[name] = term.detach()
         if weight > 0:
             loss = loss + weight * term
-    sums |= routing_sums(logits_LTE, labels_T, votes_T, member_AE, top_k)
-    chosen_LE = None if shares_LE is None else first_choices(logits_LTE, labels_T, votes_T, member_AE)
+    sums |= routing_sums(logits_LTE, labels_T, votes_T, member_AE, routed.top_k)
+    chosen_LE = None if routed.shares_LE is None else first_choices(logits_LTE, labels_T, votes_T, member_AE)
     return RouterTerms(loss, sums, chosen_LE)
 
 
-def _losses(
-    logits_LTE: Tensor, labels_T: Tensor, votes_T: Tensor, member_AE: Tensor, recipe: RouterLoss, shares_LE: Tensor | None
-) -> Iterator[tuple[str, float, Tensor]]:
+def _losses(logits_LTE: Tensor, routed: Routed) -> Iterator[tuple[str, float, Tensor]]:
     """Name, weight and sum over this micro-batch of each loss on the router's logits."""
+    recipe, labels_T, votes_T, member_AE = routed.recipe, routed.labels_T, routed.votes_T, routed.member_AE
     yield "router", recipe.loss_weight, router_loss_sum(logits_LTE, labels_T, votes_T, member_AE)
     with torch.set_grad_enabled(recipe.z_weight > 0 and torch.is_grad_enabled()):
         z = z_loss_sum(logits_LTE, votes_T)
     yield "router_z", recipe.z_weight, z
-    if shares_LE is not None:
-        yield "router_balance", recipe.balance_weight, balance_loss_sum(logits_LTE, labels_T, votes_T, member_AE, shares_LE)
+    if routed.shares_LE is not None:
+        balance = balance_loss_sum(logits_LTE, labels_T, votes_T, member_AE, routed.shares_LE)
+        yield "router_balance", recipe.balance_weight, balance
 
 
 @torch.no_grad()

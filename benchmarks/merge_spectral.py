@@ -15,6 +15,11 @@ from h3scale.merge.resm import ranks_of, traits_of
 
 ROUNDS = 3
 FAST = 10
+LARGER = (
+    (2048, 2048),
+    (2048, 7168),
+    (4096, 14336),
+)  # matrices of models from 1 to 8 B; the published path takes minutes for the last
 NUM_MODELS, RANK = 3, 8
 POWERS = (-0.5, -1.0, -2.0)  # of dense deltas' singular values, by their number
 SIZES_OF_CHANGE = (0.02, 0.005)  # of LoRA's factors: 6% and 0.4% of the weights that they are stored in
@@ -26,20 +31,27 @@ PUBLISHED = "torch.linalg.svd"
 def spectral(size: str, work: Path, peer: Path | None) -> Row:
     """CPU seconds for one matrix, dense deltas and LoRA's; LoRA's beside the same published path, which needs the product."""
     torch.set_num_threads(1)
-    shape = _shape(size)
+    rows = _timed(_shape(size), 1 if size == TINY else ROUNDS)
+    for shape in LARGER if size != TINY else ():
+        rows += _timed(shape, 1)
+    return {"rows": rows}
+
+
+def _timed(shape: tuple[int, int], rounds: int) -> list[Row]:
+    """Warm if there is more than one round."""
     rows = []
     for kind, deltas in (("dense", _dense(shape)), (f"LoRA rank {RANK}", _lora(shape))):
         for method in METHODS:
             ours, theirs = _ours(method, deltas), _published(method, deltas)
-            ours(), theirs()
-            rounds = 1 if size == TINY else ROUNDS
+            for work in (ours, theirs) if rounds > 1 else (ours,):
+                work()
             timed = interleaved({"theirs": theirs, "ours": ours}, rounds)
             if kind != "dense":  # milliseconds beside seconds: more of them cost nothing
                 timed |= interleaved({"ours": ours}, rounds * FAST)
             for name, what in (("ours", f"h3scale, {method}"), ("theirs", f"{PUBLISHED}, {method}")):
                 row = {"what": what, "deltas": kind, "shape": f"{shape[0]} x {shape[1]}", **timed[name].figures()}
                 rows.append(row | ({"faster_than_svd": timed["theirs"].best() / timed["ours"].best()} if name == "ours" else {}))
-    return {"rows": rows}
+    return rows
 
 
 def oracle(size: str, work: Path, peer: Path | None) -> Row:

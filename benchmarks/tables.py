@@ -1,4 +1,4 @@
-"""Writes the tables of results/moe_layer.json, train_step.json and merge_oracle.json into README.md: python benchmarks/tables.py.
+"""Writes the tables of results/moe_layer.json, train_step.json, merge_spectral.json and merge_oracle.json into README.md: python benchmarks/tables.py.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is written anew, the rest is left alone.
 """
@@ -42,6 +42,19 @@ def step_table(rows: Rows) -> str:
     return _table(lines)
 
 
+def spectral_table(rows: Rows) -> str:
+    """How many times as fast as the published path, a row for each matrix."""
+    found = {(row["shape"], row["deltas"], row["what"]): row["faster_than_svd"] for row in rows if "faster_than_svd" in row}
+    kinds = list(dict.fromkeys((deltas, what) for _, deltas, what in found))
+    names = {"h3scale, tsv_m": "TSV-M", "h3scale, resm": "RESM"}
+    lines = [["as many times as fast as torch.linalg.svd", *(f"{names[what]}, {deltas}" for deltas, what in kinds)]]
+    lines.append(["---"] * (len(kinds) + 1))
+    for shape in dict.fromkeys(shape for shape, _, _ in found):
+        cells = [found[shape, *kind] for kind in kinds]
+        lines.append([shape, *(f"{cell:.1f}" if cell < 100 else f"{cell:,.0f}" for cell in cells)])
+    return _table(lines)
+
+
 def oracle_table(rows: Rows) -> str:
     """Relative Frobenius distance of merged deltas from fp64; of LoRA in stored weights also from what its factors give."""
     lines = [
@@ -61,6 +74,7 @@ def oracle_table(rows: Rows) -> str:
 TABLES: Mapping[str, tuple[str, str, Callable[[Rows], str]]] = {
     "layer": ("moe_layer.json", "layer", layer_table),
     "step": ("train_step.json", "step", step_table),
+    "spectral": ("merge_spectral.json", "spectral", spectral_table),
     "oracle": ("merge_oracle.json", "oracle", oracle_table),
 }
 

@@ -6,11 +6,13 @@ matrices (LoRA) are decomposed by their factors; their entries are never made.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
 
 from h3scale.merge.delta import Delta, LowRank, Unread
+from h3scale.merge.eigen import eigh
 
 CHUNK = 512  # columns of the longer side that are worked on in fp64 at a time
 BLOCK = 128  # rows of a Gram matrix that are made at a time: what lies above its diagonal is known from below
@@ -72,25 +74,29 @@ def joined(deltas: Iterable[Delta], ranks: Sequence[int], weights: Sequence[floa
         part = top_triplets(delta, rank, None if room_KL is None else room_KL[used : used + rank])
         used += 0 if isinstance(delta, LowRank) else len(part.values_K)
         parts.append(part.scaled(weight))
-        del delta  # before the next is made: the two of a large matrix would be the most that is held
+        del delta, part  # before the next is made: the two of a large matrix would be the most that is held
     is_all = used == sum(len(part.values_K) for part in parts)
     return orthogonal_together(parts, long_KL=room_KL[:used] if room_KL is not None and is_all else None)
 
 
-def orthogonal_together(parts: Sequence[Triplets], values_K: Tensor | None = None, long_KL: Tensor | None = None) -> Delta:
+def orthogonal_together(parts: list[Triplets], values_K: Tensor | None = None, long_KL: Tensor | None = None) -> Delta:
     """U' diag(values) V'^T, where U' and V' are the nearest orthonormal columns to all left and right vectors side by side.
 
     With C = U^T U, U' = U C^-1/2 (the polar factor), so that all that is decomposed is K x K. Directions that are not there
     (C's eigenvalue is 0, as with two equal models) are left out of U'; the published codes fill them with whatever vectors
     their SVD returns. `values_K` takes the place of the parts' own; `long_KL`: the long vectors are there one below the other.
-    Factors when those are smaller than the matrix or already there, else fp32.
+    Factors when those are smaller than the matrix or already there, else fp32. The parts are used up: the list is empty then.
     """
     is_tall = parts[0].left_OK.shape[0] > parts[0].right_IK.shape[0]
     lefts, rights = [part.left_OK for part in parts], [part.right_IK for part in parts]
     shorts, longs = (rights, lefts) if is_tall else (lefts, rights)
     values_K = torch.cat([part.values_K for part in parts]) if values_K is None else values_K
-    short_SK = _rows(shorts) @ _inverse_root(_gram_of_columns(shorts))[0] * values_K
-    root_KK, least = _inverse_root(_gram_of_columns(longs))
+    parts.clear()
+    root_KK = power_of(_gram_of_columns(shorts), -0.5)[0]
+    short_SK = _rows(shorts) @ root_KK * values_K
+    shorts.clear()  # before the next is made: what is held beside eigh is the most
+    del root_KK
+    root_KK, least = power_of(_gram_of_columns(longs), -0.5)
     if least < FAR or long_KL is None:
         short_SK = short_SK @ root_KK
         return product(longs, [short_SK]) if is_tall else product([short_SK], longs)
@@ -125,12 +131,12 @@ def columns_of(delta: Delta, columns: slice) -> Tensor:
 def num_bytes(shape: tuple[int, ...], num_models: int) -> int:
     """What a matrix takes at the peak, of dense deltas whose triplets are made orthogonal together, and what is merged.
 
-    The long vectors of all; beside them either a dense delta, their fp32 copy or the merged matrix, with five squares of the short
-    side in fp64 (four of them eigh's), or six squares without it. At last the short side of some places.
+    The long vectors of all, four squares of the short side in fp64 (three of them eigh's), beside some of which are a dense delta,
+    the long vectors' fp32 copy or the merged matrix; the short side of some places.
     """
     short, long = sorted(shape)
     vectors, square, chunk = _long_dtype(shape).itemsize * short * long, 8 * short * short, 8 * short * min(CHUNK, long)
-    return vectors + max(4 * short * long + 5 * square, 6 * square) + 3 * chunk
+    return vectors + 4 * short * long + 4 * square + 4 * chunk
 
 
 def largest_rank(delta: Delta) -> int:
@@ -139,12 +145,12 @@ def largest_rank(delta: Delta) -> int:
 
 
 def _short_side(gram_SS: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest singular values and their vectors, from a Gram matrix."""
-    squares_S, vectors_SS = torch.linalg.eigh(gram_SS)
-    squares_S, vectors_SS = squares_S.flip(0)[:count], vectors_SS[:, max(0, len(gram_SS) - count) :].flip(1)
+    """The largest singular values and their vectors, from a Gram matrix, which is used up."""
     noise = float(gram_SS.trace().abs()) * len(gram_SS) * torch.finfo(torch.float64).eps
-    kept = int((squares_S > noise).sum())
-    return squares_S[:kept].sqrt(), vectors_SS[:, :kept].contiguous()
+    squares_S, vectors_SK = eigh(gram_SS, count)
+    squares_K = squares_S.flip(0)[:count]
+    kept = int((squares_K > noise).sum())
+    return squares_K[:kept].sqrt(), vectors_SK.flip(1)[:, :kept].contiguous()
 
 
 def _of_factors(delta: LowRank, count: int) -> Triplets:
@@ -156,20 +162,24 @@ def _of_factors(delta: LowRank, count: int) -> Triplets:
     return Triplets(left_OR @ u_RK[:, :kept], values_K[:kept], right_IR @ v_KR[:kept].T)
 
 
-def _inverse_root(gram_KK: Tensor) -> tuple[Tensor, float]:
-    """C^-1/2 on the directions that are there, and the least eigenvalue (0 for no directions)."""
-    squares_K, vectors_KK = torch.linalg.eigh(gram_KK)
-    there_K = squares_K > NULL * squares_K[-1:]
-    roots_K = torch.where(there_K, squares_K.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
-    return vectors_KK * roots_K @ vectors_KK.T, float(squares_K[:1].sum())
+def power_of(gram_KK: Tensor, power: float) -> tuple[Tensor, float]:
+    """C^power on the directions that are there, and the least eigenvalue (0 for no directions). C is used up."""
+    values_K, vectors_KK = eigh(gram_KK)
+    there_K = values_K > NULL * values_K[-1:]
+    vectors_KK.mul_(torch.where(there_K, values_K.clamp_min(torch.finfo(torch.float64).tiny).pow(power / 2), 0.0))
+    add_gram(gram_KK.zero_(), vectors_KK)
+    return mirrored(gram_KK), float(values_K[:1].sum())
 
 
 def _gram_of_columns(parts: Sequence[Tensor]) -> Tensor:
-    """U^T U in fp64, of columns side by side."""
-    rank = sum(part.shape[1] for part in parts)
-    total_KK = torch.zeros(rank, rank, dtype=torch.float64, device=parts[0].device)
+    """U^T U in fp64, of columns side by side, those of a part orthonormal: what parts have with themselves is not computed."""
+    stops = list(accumulate(part.shape[1] for part in parts))
+    total_KK = torch.eye(stops[-1], dtype=torch.float64, device=parts[0].device)
     for rows in chunks(parts[0].shape[0]):
-        add_gram(total_KK, _rows(parts, rows).T)
+        chunk = [part[rows].double() for part in parts]
+        for (one_RK, row), (other_RK, column) in combinations(zip(chunk, stops, strict=True), 2):
+            place = total_KK[column - other_RK.shape[1] : column, row - one_RK.shape[1] : row]
+            place.addmm_(other_RK.T, one_RK)
     return mirrored(total_KK)
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from h3scale.config.merge import Wudi
+from h3scale.merge import spectrum
 from h3scale.merge.delta import Delta, LowRank, Site, rows_of
-from h3scale.merge.spectrum import NULL, add_gram, chunks, columns_of, mirrored
+from h3scale.merge.spectrum import add_gram, chunks, columns_of, mirrored, power_of
 
 
 def wudi(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], options: Wudi, site: Site) -> Delta:
@@ -31,12 +32,12 @@ def wudi(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], opt
 
 
 def num_bytes(shape: tuple[int, ...], num_models: int) -> int:
-    """What a matrix takes at the peak, of dense deltas: what is merged, and in fp64 squares of the smaller side."""
+    """What a matrix takes at the peak, of dense deltas: what is merged, and fp64 squares of the smaller side, some rows of it."""
     rows, columns = shape
     stacked = num_models * rows
-    if stacked < columns:
-        return 4 * rows * columns + 32 * stacked * stacked + 16 * rows * stacked
-    return 4 * rows * columns + (32 + 8 * num_models) * columns * columns
+    side = min(stacked, columns)
+    held = 4 * rows * columns + 24 * side * side + 16 * side * spectrum.CHUNK
+    return held + (16 * rows * stacked if stacked < columns else 8 * num_models * side * side)
 
 
 def _by_columns(deltas: Sequence[Delta], weights: Sequence[float]) -> Tensor:
@@ -49,7 +50,7 @@ def _by_columns(deltas: Sequence[Delta], weights: Sequence[float]) -> Tensor:
             add_gram(gram_II, rows_of(delta, rows.start, rows.stop).double().T)
         grams.append(mirrored(gram_II).div_(_square(gram_II)))
         total_II += gram_II
-    inverse_II = _pseudo_inverse(total_II)
+    inverse_II = power_of(total_II, -1)[0]
     merged_OI = torch.empty(height, width, device=total_II.device)
     for rows in chunks(height):
         top_OI = torch.zeros(rows.stop - rows.start, width, dtype=torch.float64, device=total_II.device)
@@ -73,7 +74,7 @@ def _by_rows(deltas: Sequence[Delta], weights: Sequence[float]) -> Tensor:
         gram_RR[place] /= size
         gram_RR[:, place] /= size
     left_OR = torch.cat([gram_RR[p, p] * (weight * size) for p, weight, size in zip(places, weights, lengths, strict=True)], dim=1)
-    left_OR = left_OR @ _pseudo_inverse(gram_RR)
+    left_OR = left_OR @ power_of(gram_RR, -1)[0]
     for place, size in zip(places, lengths, strict=True):
         left_OR[:, place] /= size
     merged_OI = torch.empty(height, width, device=left_OR.device)
@@ -90,9 +91,3 @@ def _stacked(deltas: Sequence[Delta], columns: slice) -> Tensor:
 def _square(gram: Tensor) -> float:
     """|D|^2; of a delta of zeros what can be divided by."""
     return max(float(gram.trace()), torch.finfo(torch.float64).tiny)
-
-
-def _pseudo_inverse(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    inverses = torch.where(values > NULL * values[-1:], 1 / values.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
-    return vectors * inverses @ vectors.T

@@ -1,4 +1,4 @@
-"""Writes the tables of results/moe_layer.json, train_step.json, merge_spectral.json and merge_oracle.json into README.md: python benchmarks/tables.py.
+"""Writes the tables of results/{moe_layer,train_step,merge_spectral,merge_oracle}.json into README.md: python benchmarks/tables.py.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is written anew, the rest is left alone.
 """

@@ -2,8 +2,8 @@
 
 LAPACK's own drivers turn all vectors back to the matrix (syevd, which torch and numpy call), or find some of them by inverse
 iteration (syevr), which takes longer. Here are syevd's three steps: the matrix becomes tridiagonal (sytrd), that is decomposed by
-divide and conquer (stedc), and the vectors that are wanted are turned back (ormtr). They are those of scipy's LAPACK, by the pointers
-that it exports for other languages, since scipy's own wrappers keep other threads waiting.
+divide and conquer (stedc), and the vectors that are wanted are turned back (ormtr). They are those of scipy's LAPACK, by the
+pointers that it exports for other languages, since scipy's own wrappers keep other threads waiting.
 """
 
 import ctypes

@@ -1,22 +1,22 @@
 """What aligning one does to the others: in NLL, and in the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from h3scale.checkpoint.shards import read_json
 from h3scale.config.study import StudyRecipe
 from h3scale.study.scores import Resampler
 
 FIGURES = ("cosine", "sign_conflict", "overlap", "overlap_by_chance")
 
 
-def conflicts(recipe: StudyRecipe, resampler: Resampler, nll: Mapping[str, np.ndarray], out: Path) -> dict[str, Any]:
+def conflicts(
+    recipe: StudyRecipe, resampler: Resampler, nll: Mapping[str, np.ndarray], pairs: Sequence[list[dict[str, Any]]]
+) -> dict[str, Any]:
     """`nll`: of each aligned model on each alignment less the base's, above 0 where it is worse. `pairs`: figures of
-    merge --explain for the whole models, mean over the seeds."""
+    merge --explain for the whole models, as they are in each seed; their means."""
     base = nll["base"].mean(axis=0)
     table = {
         aligned: {
@@ -25,11 +25,10 @@ def conflicts(recipe: StudyRecipe, resampler: Resampler, nll: Mapping[str, np.nd
         }
         for aligned in recipe.alignments
     }
-    explained = [read_json(out / f"seed-{seed}/explain/explain.json") for seed in recipe.seeds]
-    return {"nll": table, "pairs": _pairs([each["whole"]["pairs"] for each in explained if each["whole"]])}
+    return {"nll": table, "pairs": _means(pairs)}
 
 
-def _pairs(seeds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _means(seeds: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     found = []
     for same in zip(*seeds, strict=True):
         means = {key: _mean([pair[key] for pair in same]) for key in FIGURES}

@@ -47,7 +47,7 @@ def keys_of(plan: Plan) -> dict[str, str]:
         raise MissingInputError(missing)
     keys: dict[str, str] = {}
     for task in plan.tasks:
-        read = [_recipe_text(task.recipe) if task.recipe else "", *map(_file_hash, task.files)]
+        read = [recipe_text(task.recipe) if task.recipe else "", *map(file_hash, task.files)]
         parts = [__version__, task.command, read, [keys[name] for name in task.needs]]
         keys[task.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return keys
@@ -110,7 +110,7 @@ def states(plan: Plan, keys: dict[str, str], ledger: Ledger) -> dict[str, bool]:
     return {task.name: ledger.is_done(task, keys[task.name]) for task in plan.tasks}
 
 
-def _recipe_text(path: str) -> str:
+def recipe_text(path: str) -> str:
     """A recipe with what it extends, without its comments, and the DeepSpeed file that it names."""
     values = load_yaml(find(path))
     deepspeed = find(values["deepspeed"]).read_text(encoding="utf-8") if "deepspeed" in values else ""
@@ -118,6 +118,7 @@ def _recipe_text(path: str) -> str:
 
 
 @cache
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

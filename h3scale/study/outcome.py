@@ -2,54 +2,54 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from h3scale import __version__
-from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
+from h3scale.checkpoint.shards import write_json
 from h3scale.config.study import StudyRecipe
 from h3scale.evaluation.measures import HIGHER_IS_BETTER, summarise_items
 from h3scale.study.conflict import conflicts
-from h3scale.study.ledger import Ledger
+from h3scale.study.evidence import Evidence, recipe_of, results_of
 from h3scale.study.scores import Number, Resampler, gains, over_seeds, verdict
-from h3scale.study.tasks import ENSEMBLE, Model, Plan, Task
 
 Results = dict[int, dict[str, dict[str, Any]]]  # by seed and model
 
 
-def assemble(recipe: StudyRecipe, plan: Plan, ledger: Ledger) -> dict[str, Any]:
-    """Reads what the tasks have left, writes and gives results.json; docs/study.md says what is in it."""
-    found = _read(recipe, plan, ledger)
-    resampler = Resampler(found[recipe.seeds[0]]["base"], recipe.alignments)
-    nll = {name: np.stack([resampler.nll(found[seed][name]) for seed in recipe.seeds]) for name in found[recipe.seeds[0]]}
+def assemble(seeds: Sequence[Evidence], out: Path) -> dict[str, Any]:
+    """Makes, writes and gives results.json of one seed or several; docs/study.md says what is in it."""
+    recipe, first = recipe_of(seeds), seeds[0]
+    found: Results = {evidence["seed"]: results_of(evidence) for evidence in seeds}
+    resampler = Resampler(found[first["seed"]]["base"], recipe.alignments)
+    nll = {name: np.stack([resampler.nll(each[name]) for each in found.values()]) for name in first["models"]}
     compared = _Compared(recipe, resampler, nll)
-    costs = {model.name: _cost(recipe, plan, ledger, model) for model in plan.models}
     models = {}
-    for model in plan.models:
-        scores = other_scores([found[seed][model.name] for seed in recipe.seeds])
-        same = costs[model.name]["tokens"] == costs[recipe.main]["tokens"]
-        models[model.name] = {
-            "group": model.group,
-            **costs[model.name],
-            "same_tokens": same,
-            **compared.of(model.name),
-            "scores": scores,
+    for name, model in first["models"].items():
+        models[name] = {
+            "group": model["group"],
+            "parameters": model["parameters"],
+            "tokens": model["tokens"],
+            "train_s": _mean([evidence["models"][name]["train_s"] for evidence in seeds]),
+            "make_s": _mean([evidence["models"][name]["make_s"] for evidence in seeds]),
+            "same_tokens": model["tokens"] == first["models"][recipe.main]["tokens"],
+            **compared.of(name),
+            "scores": other_scores([each[name] for each in found.values()]),
         }
     results = {
-        "version": __version__,
-        "suite": found[recipe.seeds[0]]["base"]["suite"],
+        "version": first["version"],
+        "suite": first["suite"],
         "recipe": recipe.model_dump(),
         "alignments": recipe.alignments,
         "seeds": recipe.seeds,
         "main": recipe.main,
         "models": models,
-        "comparisons": [{"one": one, "other": other, **compared.pair(one, other)} for one, other in plan.compare],
-        "code": sorted({entry.code for entry in ledger.entries() if entry.done and entry.code}),
-        "conflict": conflicts(recipe, resampler, nll, ledger.out),
+        "comparisons": [{"one": one, "other": other, **compared.pair(one, other)} for one, other in first["compare"]],
+        "code": sorted({code for evidence in seeds for code in evidence["code"]}),
+        "conflict": conflicts(recipe, resampler, nll, [evidence["pairs"] for evidence in seeds if evidence["pairs"]]),
         "notes": list(dict.fromkeys(note for each in found.values() for result in each.values() for note in result["notes"])),
     }
-    write_json(ledger.out / "results.json", results)
+    write_json(out / "results.json", results)
     return results
 
 
@@ -110,60 +110,9 @@ class _Compared:
         return {a: asdict(self.resampler.number(values_R)) for a, values_R in zip(self.recipe.alignments, values_AR, strict=True)}
 
 
-def _read(recipe: StudyRecipe, plan: Plan, ledger: Ledger) -> Results:
-    """The suite's result of each model and seed."""
-    found: Results = {}
-    for seed in recipe.seeds:
-        found[seed] = {}
-        for model in plan.models:
-            made = ledger.out / plan.task(f"seed-{seed}/scores/{model.group}").makes[0]
-            path = made if made.suffix == ".json" else made / f"{model.name}.json"
-            found[seed][model.name] = read_json(path)["suite"]
-    return found
-
-
-def _cost(recipe: StudyRecipe, plan: Plan, ledger: Ledger, model: Model) -> dict[str, Any]:
-    """Parameters, tokens trained on after the base, and seconds of training and of all else, mean over the seeds that are known."""
-    tokens, train_s, make_s = 0, [], []
-    for seed in recipe.seeds:
-        if model.group == ENSEMBLE:
-            last = [f"seed-{seed}/{alignment}" for alignment in recipe.alignments]
-        else:
-            last = [f"seed-{seed}/{model.name}"]
-        tasks = {task.name: task for name in last for task in plan.lineage(name) if task.is_cost}
-        tokens = sum(task.tokens for task in tasks.values())
-        train_s.append(_seconds(ledger, [task for task in tasks.values() if task.tokens]))
-        make_s.append(_seconds(ledger, [task for task in tasks.values() if not task.tokens]))
-    return {"parameters": _parameters(recipe, ledger, model), "tokens": tokens, "train_s": _mean(train_s), "make_s": _mean(make_s)}
-
-
-def _seconds(ledger: Ledger, tasks: Sequence[Task]) -> float | None:
-    """None where the time of one is not known: it was cut off and went on."""
-    took = [entry.took_s for entry in map(ledger.entry, tasks) if entry is not None]
-    return None if None in took else sum(time for time in took if time is not None)
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _parameters(recipe: StudyRecipe, ledger: Ledger, model: Model) -> dict[str, int]:
-    """Stored, and those that a token meets."""
-    names = recipe.alignments if model.group == ENSEMBLE else [model.name]
-    both = [parameters_of(ModelFolder(ledger.out / f"seed-{recipe.seeds[0]}/models/{name}")) for name in names]
-    return {"total": sum(total for total, _ in both), "active": sum(active for _, active in both)}
-
-
-def parameters_of(folder: ModelFolder) -> tuple[int, int]:
-    """Parameters of a model folder: all, and those of the experts that a token takes and of what experts share."""
-    sizes = {name: int(np.prod(spec.shape)) for name, spec in folder.specs.items()}
-    experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    total, config = sum(sizes.values()), folder.config
-    if not experts:
-        return total, total
-    num_experts = config.get("num_local_experts") or config["num_experts"]
-    return total, total - experts + experts * int(config["num_experts_per_tok"]) // int(num_experts)
 
 
 def other_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

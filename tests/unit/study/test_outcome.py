@@ -1,5 +1,6 @@
 """results.json, the table and the page of a study that was not run: two seeds of invented items."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from h3scale.checkpoint.shards import ModelFolder, write_json
+from h3scale.cli.main import app
 from h3scale.config.study import load_study
+from h3scale.errors import ConfigError, DataError, MissingInputError, UsageError
+from h3scale.study.evidence import gather_seed, parameters_of, read_seed, read_seeds, results_of
 from h3scale.study.ledger import Ledger
-from h3scale.study.outcome import assemble, parameters_of
+from h3scale.study.outcome import assemble
 from h3scale.study.plan import plan_study
 from h3scale.study.study_page import headline, page
 from h3scale.study.study_plots import frontier
@@ -37,8 +42,8 @@ SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a study leaves, written by hand."""
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a study's commands leave, written by hand, and what it makes of that."""
     out = tmp_path_factory.mktemp("study")
     given = {"seeds": SEEDS, "merges": ["linear"], "search": {}, "resm": {}, "fusions": {"fused": {}}, "mixtures": ["balanced"]}
     given["compare"] = [["linear_searched", "mixture_balanced"]]
@@ -71,9 +76,77 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         explained = out / f"seed-{seed}/explain"
         explained.mkdir()
         write_json(explained / "explain.json", {"whole": {"pairs": pairs}})
-    found = assemble(recipe, plan, ledger)
+    found = assemble([gather_seed(recipe, plan, ledger, seed) for seed in SEEDS], out)
     assert json.loads((out / "results.json").read_text()) == found
-    return found
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(study: Path) -> dict[str, Any]:
+    return dict(json.loads((study / "results.json").read_text()))
+
+
+def test_a_seeds_file_has_the_items_to_six_decimals_and_no_place_of_this_machine(study: Path) -> None:
+    evidence = read_seed(study / "seed-7.json.gz")
+    assert str(study.parent) not in json.dumps(evidence)
+    for name, found in results_of(evidence).items():
+        wanted = result([level + 0.01 for level in LEVELS[name]], seed=list(LEVELS).index(name))
+        assert found["scores"] == wanted["scores"]
+        for task, items in wanted["items"].items():
+            assert found["items"][task] == [
+                {key: round(value, 6) if isinstance(value, float) else value for key, value in item.items()} for item in items
+            ]
+
+
+def test_seeds_of_several_machines_give_what_one_study_gives(study: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / place / f"seed-{seed}.json.gz" for place, seed in zip("ab", SEEDS, strict=True)]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes((study / path.name).read_bytes())
+    out = tmp_path / "together"
+    done = CliRunner().invoke(app, ["study", str(paths[1]), str(paths[0]), "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert f"result: {out}/study.html" in done.output
+    assert (out / "results.json").read_text() == (study / "results.json").read_text()
+    assert (out / "table.md").read_text() == markdown(json.loads((study / "results.json").read_text()))
+    CliRunner().invoke(app, ["study", str(paths[0]), "--out", str(out)], catch_exceptions=False)  # other seeds, the same place
+    assert json.loads((out / "results.json").read_text())["seeds"] == SEEDS[:1]
+
+
+@pytest.mark.parametrize("words", [["a/seed-0.json.gz", "--quick"], ["a/seed-0.json.gz", "recipe.yaml"], ["one.yaml", "two.yaml"]])
+def test_a_recipe_and_seeds_files_do_not_mix(words: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["study", *words, "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, UsageError)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda evidence: evidence["recipe"].update(main="other"), "main"),
+        (lambda evidence: evidence["made_from"].update({"base.yaml": "0"}), "base.yaml"),
+        (lambda evidence: evidence["models"].pop("linear"), "models"),
+        (lambda evidence: evidence.update(suite="other"), "suite"),
+        (lambda evidence: evidence.update(seed=SEEDS[0]), "one seed"),
+    ],
+)
+def test_seeds_of_another_study_are_refused_with_what_differs(study: Path, tmp_path: Path, change: Any, said: str) -> None:
+    evidence = read_seed(study / f"seed-{SEEDS[1]}.json.gz")
+    change(evidence)
+    other = tmp_path / "seed-7.json.gz"
+    other.write_bytes(gzip.compress(json.dumps(evidence).encode()))
+    with pytest.raises(ConfigError, match=said):
+        read_seeds([study / f"seed-{SEEDS[0]}.json.gz", other])
+
+
+def test_what_is_no_seeds_file_is_refused(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError):
+        read_seed(tmp_path / "seed-0.json.gz")
+    whole = (study / "seed-3.json.gz").read_bytes()
+    for content in (b"", b"{}", whole[:-30], gzip.compress(b"[1]"), gzip.compress(b"{}"), gzip.compress(b"{")):
+        (tmp_path / "seed-0.json.gz").write_bytes(content)
+        with pytest.raises(DataError, match=r"seed-0\.json\.gz"):
+            read_seed(tmp_path / "seed-0.json.gz")
 
 
 def nll_of(name: str, number: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """h3scale study."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,8 +7,6 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from h3scale.study.evidence import Evidence
 
 What = Annotated[
     list[str],
@@ -51,10 +48,12 @@ def study(
         if quick or dry_run or data or seed:
             raise UsageError("study: --quick, --dry-run, --data and --seed are for a recipe, and seed files have run")
         from h3scale.study.evidence import read_seeds
+        from h3scale.study.outcome import assemble
 
         seeds = read_seeds([Path(word) for word in what])
-        with claimed(out, "seeds that ran elsewhere", force):
-            _show(seeds, out, console)
+        results = assemble(seeds)  # its findings come before the folder
+        with claimed(out, f"seeds that ran elsewhere, of {seeds[0].hash()}", force):
+            _show(results, out, console)
         return
     if len(what) > 1:
         raise UsageError("study: one recipe, or files seed-N.json.gz alone")
@@ -81,16 +80,17 @@ def _run(
     with claimed(out, of, force) as lock:
         ledger = run_plan(plan, keys, out, console, lock)
         from h3scale.study.evidence import gather_seed
+        from h3scale.study.outcome import assemble
 
-        _show([gather_seed(chosen, plan, ledger, each) for each in chosen.seeds], out, console)
+        _show(assemble([gather_seed(chosen, plan, ledger, each) for each in chosen.seeds]), out, console)
 
 
-def _show(seeds: "Sequence[Evidence]", out: Path, console: "Console") -> None:
-    from h3scale.study.outcome import assemble
+def _show(results: dict[str, Any], out: Path, console: "Console") -> None:
+    from h3scale.checkpoint.shards import write_json
     from h3scale.study.study_page import write_page
     from h3scale.study.study_table import show, write_table
 
-    results = assemble(seeds, out)
+    write_json(out / "results.json", results)
     write_table(results, out / "table.md")
     write_page(results, out / "study.html")
     show(results, console)

@@ -159,6 +159,8 @@ class Parents:
                 return torch.zeros(shape, device=self.device)
             return LowRank(torch.zeros(shape[0], 0, device=self.device), torch.zeros(0, shape[1], device=self.device))
         left_OR, right_RI = source.factors(name)
+        if not (is_finite(left_OR) and is_finite(right_RI)):
+            raise self.not_finite(name)
         return LowRank(left_OR.to(self.device), right_RI.to(self.device))
 
     def _rows(self, stored: Stored, start: int, stop: int) -> Tensor:

@@ -15,16 +15,24 @@ from scipy.linalg import cython_lapack
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
+from h3scale.errors import ConfigError
+
+MOST = 46_338  # rows: LAPACK counts its room, some more than a square, in 32 bits
 _SPAN = 64  # columns that LAPACK's blocked steps are given room for
 
 
 def eigh(matrix_SS: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """All eigenvalues, the least first, and the vectors (columns) of the `count` largest, fp64. The matrix is used up.
 
-    On a CPU at most 24 bytes an entry at the peak, 8 of them the matrix. torch.linalg.LinAlgError where no vectors are found.
+    What is above its diagonal is not looked at. On a CPU at most 24 bytes an entry at the peak, 8 of them the matrix. ConfigError
+    (78) for one that is too large, torch.linalg.LinAlgError where no vectors are found, as with values that are not finite.
     """
     size = len(matrix_SS)
+    assert (matrix_SS.dtype, matrix_SS.shape) == (torch.float64, (size, size))
+    assert matrix_SS.is_contiguous()
     count = size if count is None else min(count, size)
+    if size > MOST and matrix_SS.device.type == "cpu":
+        raise ConfigError(f"a matrix with {size:,} rows to be decomposed (works: {MOST:,} at most, or another method)")
     if matrix_SS.device.type != "cpu" or not count:
         values_S, vectors_SS = torch.linalg.eigh(matrix_SS)
         return values_S, vectors_SS[:, size - count :]
@@ -35,6 +43,8 @@ def eigh(matrix_SS: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     vectors_KS = vectors_SS[size - count :]  # what are columns to LAPACK are rows here
     room = matrix_SS.new_empty(_SPAN * (count + _SPAN))
     _call("dormtr", b"L", b"U", b"N", size, count, matrix_SS, size, scales_S, vectors_KS, size, room, len(room))
+    if not values_S.isfinite().all():
+        raise torch.linalg.LinAlgError("eigenvalues that are not finite")
     return values_S, vectors_KS.T
 
 
@@ -42,25 +52,25 @@ def _of_tridiagonal(values_S: Tensor, off_S: Tensor) -> Tensor:
     """All eigenvectors, as rows, of the matrix with this diagonal and this one beside it. Its eigenvalues replace the diagonal."""
     size = len(values_S)
     vectors_SS = values_S.new_empty(size, size)
-    room, places = values_S.new_empty(1 + 4 * size + size * size), values_S.new_empty(3 + 5 * size, dtype=torch.int32)
+    room, places = values_S.new_empty(1 + 4 * size + size * size), values_S.new_empty(3 + 5 * size, dtype=torch.int64)
     _call("dstedc", b"I", size, values_S, off_S, vectors_SS, size, room, len(room), places, len(places))
     return vectors_SS
 
 
 def _call(name: str, *arguments: bytes | int | Tensor) -> None:
     """A routine of LAPACK with all arguments but the last, by which it says how it went."""
-    status = ctypes.c_int()
+    status = ctypes.c_int64()
     boxes = [_boxed(each) for each in arguments]
     _routine(name)(*(box if isinstance(box, int) else ctypes.addressof(box) for box in boxes), ctypes.addressof(status))
     if status.value:
-        raise torch.linalg.LinAlgError(f"LAPACK's {name}: {status.value}")
+        raise torch.linalg.LinAlgError(f"LAPACK's {name}: {ctypes.c_int32(status.value).value}")
 
 
-def _boxed(argument: bytes | int | Tensor) -> "int | ctypes.c_int | ctypes.c_char":
-    """Where LAPACK finds it: everything is given by its address."""
+def _boxed(argument: bytes | int | Tensor) -> "int | ctypes.c_int64 | ctypes.c_char":
+    """Where LAPACK finds it: everything goes by its address. Whole numbers have 64 bits, of which some builds read the first 32."""
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_char(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_char(argument)
 
 
 @cache

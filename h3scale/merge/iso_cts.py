@@ -23,7 +23,7 @@ def iso_cts(base_OI: Tensor, deltas: Sequence[Delta], weights: Sequence[float], 
     """The merged change of one matrix, before scaling."""
     total = weighted_sum(deltas, weights)
     rank = largest_rank(base_OI)
-    of_each = round((rank - int(rank * options.common_fraction)) / len(deltas))
+    of_each = min(round((rank - int(rank * options.common_fraction)) / len(deltas)), rank // len(deltas))
     common = top_triplets(total, rank - of_each * len(deltas))
     del total  # of a large matrix as much memory as a delta
     parts = [common]

@@ -18,6 +18,7 @@ CHUNK = 512  # columns of the longer side that are worked on in fp64 at a time
 BLOCK = 128  # rows of a Gram matrix that are made at a time: what lies above its diagonal is known from below
 LONG = 4  # singular vectors more than so many times longer than there are of them are far from dependent, and kept in fp32
 LARGE = 1 << 24  # values of a matrix from which on half of that will do, for the memory
+FREE = 2  # in matrices so many times longer than wide models that differ have long vectors far from dependent
 FAR = 1e-2  # least eigenvalue of C for a product in fp32: its rounding is 1e-7 of the result, divided by the root of this
 NULL = 1e-12  # a share of the largest eigenvalue: directions below it are noise of fp64
 
@@ -44,6 +45,8 @@ def top_triplets(delta: Delta, count: int, room_KL: Tensor | None = None) -> Tri
     """The `count` largest singular triplets, fp64 (long vectors of large matrices fp32); `room_KL` is where those are put."""
     if isinstance(delta, LowRank):
         return _of_factors(delta, count)
+    if not count:
+        return _none_of(delta)
     is_tall = delta.shape[0] > delta.shape[1]
     values_K, short_SK = _short_side(gram(delta), count)
     long_KL = (_room(delta, count) if room_KL is None else room_KL)[: len(values_K)]
@@ -87,7 +90,8 @@ def orthogonal_together(parts: list[Triplets], values_K: Tensor | None = None, l
     their SVD returns. `values_K` takes the place of the parts' own; `long_KL`: the long vectors are there one below the other.
     Factors when those are smaller than the matrix or already there, else fp32. The parts are used up: the list is empty then.
     """
-    is_tall = parts[0].left_OK.shape[0] > parts[0].right_IK.shape[0]
+    shape = (parts[0].left_OK.shape[0], parts[0].right_IK.shape[0])
+    is_tall = shape[0] > shape[1]
     lefts, rights = [part.left_OK for part in parts], [part.right_IK for part in parts]
     shorts, longs = (rights, lefts) if is_tall else (lefts, rights)
     values_K = torch.cat([part.values_K for part in parts]) if values_K is None else values_K
@@ -96,7 +100,10 @@ def orthogonal_together(parts: list[Triplets], values_K: Tensor | None = None, l
     short_SK = _rows(shorts) @ root_KK * values_K
     shorts.clear()  # before the next is made: what is held beside eigh is the most
     del root_KK
-    root_KK, least = power_of(_gram_of_columns(longs), -0.5)
+    is_whole = max(shape) < FREE * min(shape)
+    root_KK, least = power_of(_gram_of_columns(longs, is_whole), -0.5)
+    if least < FAR and not is_whole:  # what rounding has left of the parts' own products counts for as much as is small here
+        root_KK, least = power_of(_gram_of_columns(longs, is_whole=True), -0.5)
     if least < FAR or long_KL is None:
         short_SK = short_SK @ root_KK
         return product(longs, [short_SK]) if is_tall else product([short_SK], longs)
@@ -108,7 +115,7 @@ def product(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Delta:
     """left right^T in fp32, of columns side by side; as factors when those are smaller. The longer side is never put together."""
     rows, columns, rank = lefts[0].shape[0], rights[0].shape[0], sum(right.shape[1] for right in rights)
     if rank * (rows + columns) < rows * columns:
-        return LowRank(_rows(lefts).float(), _rows(rights).T.float())
+        return LowRank(_joined(lefts), _joined(rights).T)
     merged_OI = torch.empty(rows, columns, dtype=torch.float32, device=lefts[0].device)
     if rows <= columns:
         left_OK = _rows(lefts)
@@ -136,7 +143,7 @@ def num_bytes(shape: tuple[int, ...], num_models: int) -> int:
     """
     short, long = sorted(shape)
     vectors, square, chunk = _long_dtype(shape).itemsize * short * long, 8 * short * short, 8 * short * min(CHUNK, long)
-    return vectors + 4 * short * long + 4 * square + 4 * chunk
+    return vectors + 4 * short * long + 4 * square + 6 * chunk
 
 
 def largest_rank(delta: Delta) -> int:
@@ -151,6 +158,11 @@ def _short_side(gram_SS: Tensor, count: int) -> tuple[Tensor, Tensor]:
     squares_K = squares_S.flip(0)[:count]
     kept = int((squares_K > noise).sum())
     return squares_K[:kept].sqrt(), vectors_SK.flip(1)[:, :kept].contiguous()
+
+
+def _none_of(delta: Tensor | Unread) -> Triplets:
+    empty = torch.empty(0, dtype=torch.float64, device=delta.device)
+    return Triplets(empty.expand(delta.shape[0], 0), empty, empty.expand(delta.shape[1], 0))
 
 
 def _of_factors(delta: LowRank, count: int) -> Triplets:
@@ -171,15 +183,19 @@ def power_of(gram_KK: Tensor, power: float) -> tuple[Tensor, float]:
     return mirrored(gram_KK), float(values_K[:1].sum())
 
 
-def _gram_of_columns(parts: Sequence[Tensor]) -> Tensor:
-    """U^T U in fp64, of columns side by side, those of a part orthonormal: what parts have with themselves is not computed."""
+def _gram_of_columns(parts: Sequence[Tensor], is_whole: bool = False) -> Tensor:
+    """U^T U in fp64, of columns side by side. Those of a part are orthonormal: their products are computed if `is_whole`."""
     stops = list(accumulate(part.shape[1] for part in parts))
-    total_KK = torch.eye(stops[-1], dtype=torch.float64, device=parts[0].device)
+    places = [slice(stop - part.shape[1], stop) for part, stop in zip(parts, stops, strict=True)]
+    total_KK = torch.zeros(stops[-1], stops[-1], dtype=torch.float64, device=parts[0].device)
+    if not is_whole:
+        total_KK.fill_diagonal_(1.0)
     for rows in chunks(parts[0].shape[0]):
         chunk = [part[rows].double() for part in parts]
-        for (one_RK, row), (other_RK, column) in combinations(zip(chunk, stops, strict=True), 2):
-            place = total_KK[column - other_RK.shape[1] : column, row - one_RK.shape[1] : row]
-            place.addmm_(other_RK.T, one_RK)
+        for (one, one_RK), (other, other_RK) in combinations(zip(places, chunk, strict=True), 2):
+            total_KK[other, one].addmm_(other_RK.T, one_RK)
+        for place, part_RK in zip(places, chunk, strict=True) if is_whole else ():
+            total_KK[place, place].addmm_(part_RK.T, part_RK)
     return mirrored(total_KK)
 
 
@@ -205,6 +221,12 @@ def _room(delta: Tensor | Unread, count: int) -> Tensor:
 def _long_dtype(shape: tuple[int, ...]) -> torch.dtype:
     short, long = sorted(shape)
     return torch.float64 if long <= short * (LONG if short * long < LARGE else LONG / 2) else torch.float32
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Columns side by side, fp32."""
+    joined_RK = torch.empty(parts[0].shape[0], sum(part.shape[1] for part in parts), device=parts[0].device)
+    return torch.cat(list(parts), dim=1, out=joined_RK)
 
 
 def _rows(parts: Sequence[Tensor], rows: slice = slice(None)) -> Tensor:

@@ -2,55 +2,53 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from h3scale.checkpoint.shards import write_json
 from h3scale.config.study import StudyRecipe
 from h3scale.evaluation.measures import HIGHER_IS_BETTER, summarise_items
 from h3scale.study.conflict import conflicts
-from h3scale.study.evidence import Evidence, recipe_of, results_of
+from h3scale.study.evidence import Evidence
 from h3scale.study.scores import Number, Resampler, gains, over_seeds, verdict
 
 Results = dict[int, dict[str, dict[str, Any]]]  # by seed and model
 
 
-def assemble(seeds: Sequence[Evidence], out: Path) -> dict[str, Any]:
-    """Makes, writes and gives results.json of one seed or several; docs/study.md says what is in it."""
-    recipe, first = recipe_of(seeds), seeds[0]
-    found: Results = {evidence["seed"]: results_of(evidence) for evidence in seeds}
-    resampler = Resampler(found[first["seed"]]["base"], recipe.alignments)
-    nll = {name: np.stack([resampler.nll(each[name]) for each in found.values()]) for name in first["models"]}
+def assemble(seeds: Sequence[Evidence]) -> dict[str, Any]:
+    """results.json of one seed or several; docs/study.md says what is in it."""
+    first = seeds[0]
+    recipe = first.recipe.model_copy(update={"seeds": [evidence.seed for evidence in seeds]})
+    found: Results = {evidence.seed: evidence.results() for evidence in seeds}
+    resampler = Resampler(found[first.seed]["base"], recipe.alignments)
+    nll = {name: np.stack([resampler.nll(each[name]) for each in found.values()]) for name in first.models}
     compared = _Compared(recipe, resampler, nll)
     models = {}
-    for name, model in first["models"].items():
+    for name, model in first.models.items():
+        costs = [evidence.models[name].cost for evidence in seeds]
         models[name] = {
-            "group": model["group"],
-            "parameters": model["parameters"],
-            "tokens": model["tokens"],
-            "train_s": _mean([evidence["models"][name]["train_s"] for evidence in seeds]),
-            "make_s": _mean([evidence["models"][name]["make_s"] for evidence in seeds]),
-            "same_tokens": model["tokens"] == first["models"][recipe.main]["tokens"],
+            "group": model.group,
+            "parameters": model.cost.parameters,
+            "tokens": model.cost.tokens,
+            "train_s": _mean([cost.train_s for cost in costs]),
+            "make_s": _mean([cost.make_s for cost in costs]),
+            "same_tokens": model.cost.tokens == first.models[recipe.main].cost.tokens,
             **compared.of(name),
             "scores": other_scores([each[name] for each in found.values()]),
         }
-    results = {
-        "version": first["version"],
-        "suite": first["suite"],
+    return {
+        "version": first.version,
+        "suite": first.suite,
         "recipe": recipe.model_dump(),
         "alignments": recipe.alignments,
         "seeds": recipe.seeds,
         "main": recipe.main,
         "models": models,
-        "comparisons": [{"one": one, "other": other, **compared.pair(one, other)} for one, other in first["compare"]],
-        "code": sorted({code for evidence in seeds for code in evidence["code"]}),
-        "conflict": conflicts(recipe, resampler, nll, [evidence["pairs"] for evidence in seeds if evidence["pairs"]]),
+        "comparisons": [{"one": one, "other": other, **compared.pair(one, other)} for one, other in first.compare],
+        "code": sorted({code for evidence in seeds for code in evidence.code}),
+        "conflict": conflicts(recipe, resampler, nll, [evidence.pairs for evidence in seeds if evidence.pairs]),
         "notes": list(dict.fromkeys(note for each in found.values() for result in each.values() for note in result["notes"])),
     }
-    write_json(out / "results.json", results)
-    return results
 
 
 class _Compared:

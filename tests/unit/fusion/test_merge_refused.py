@@ -21,7 +21,7 @@ from h3scale.fusion.compatible import tokenizer_findings
 from h3scale.merge.delta import dense
 from h3scale.merge.registry import merged_delta
 from h3scale.model.names import EMBEDDINGS
-from tests.unit.fusion.merging import close, run, whole
+from tests.unit.fusion.merging import adapter, close, run, whole
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -159,6 +159,22 @@ def test_values_that_are_not_finite_are_blamed_on_the_parent_that_has_them(famil
     with pytest.raises(DataError) as caught:
         run(family, tmp_path / "out", method, ["helpful", str(tmp_path / "bad")])
     assert caught.value.findings == [f"{tmp_path / 'bad'}: {NAME} has values that are not finite (NaN or infinite)"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+
+
+@pytest.mark.parametrize("method", ["linear", "tsv_m", "iso_c", "wudi", "resm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_are_blamed_on_their_adapter(family: Path, tmp_path: Path, method: str, value: float) -> None:
+    bad = adapter(tmp_path / "bad", family / "base", seed=5)
+    tensors = load_file(bad / "adapter_model.safetensors")
+    name = next(name for name in tensors if "down_proj.lora_A" in name)
+    tensors[name][0, 0] = value
+    save_file(tensors, bad / "adapter_model.safetensors")
+    with pytest.raises(DataError) as caught:
+        run(family, tmp_path / "out", method, ["helpful", str(bad)])
+    [finding] = caught.value.findings
+    assert finding.startswith(f"{bad}: model.layers.")
+    assert finding.endswith("down_proj.weight has values that are not finite (NaN or infinite)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
 
 

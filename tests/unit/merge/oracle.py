@@ -136,7 +136,7 @@ def iso_c(base: Tensor, deltas: Deltas, weights: Sequence[float], options: Any) 
 
 def iso_cts(base: Tensor, deltas: Deltas, weights: Sequence[float], options: Any) -> Tensor:
     rank = min(base.shape)
-    of_each = round((rank - int(rank * options.common_fraction)) / len(deltas))
+    of_each = min(round((rank - int(rank * options.common_fraction)) / len(deltas)), rank // len(deltas))
     common = svd(task_arithmetic(base, deltas, weights, options), rank - of_each * len(deltas))
     rest = [w * (d - common[0] @ common[0].T @ d) for w, d in zip(weights, deltas, strict=True)]
     own = [svd(delta, of_each) for delta in rest]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
-from h3scale.merge.eigen import eigh
+from h3scale.errors import ConfigError
+from h3scale.merge.eigen import MOST, eigh
 
 
 def symmetric(size: int, rank: int, seed: int = 0) -> torch.Tensor:
@@ -40,9 +41,25 @@ def test_equal_values_and_what_is_diagonal_already(matrix: torch.Tensor) -> None
     torch.testing.assert_close(vectors.T @ vectors, torch.eye(40, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
-def test_values_that_are_not_finite_are_refused_as_torch_refuses_them() -> None:
-    with pytest.raises(torch.linalg.LinAlgError):
-        eigh(torch.full((4, 4), torch.nan, dtype=torch.float64))
+@pytest.mark.parametrize("size", [1, 4, 30, 100])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(size: int, value: float) -> None:
+    for matrix in (torch.full((size, size), value, dtype=torch.float64), symmetric(size, size).fill_diagonal_(value)):
+        with pytest.raises(torch.linalg.LinAlgError):
+            eigh(matrix)
+
+
+def test_what_is_above_the_diagonal_is_not_looked_at() -> None:
+    matrix = symmetric(50, 50)
+    wanted, below = eigh(matrix.clone()), matrix.tril()
+    assert all(torch.equal(one, other) for one, other in zip(eigh(below), wanted, strict=True))
+
+
+def test_a_matrix_whose_room_cannot_be_counted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 + 4 * MOST + MOST**2 < 2**31 <= 1 + 4 * (MOST + 1) + (MOST + 1) ** 2
+    monkeypatch.setattr("h3scale.merge.eigen.MOST", 4)
+    with pytest.raises(ConfigError, match="5 rows"):
+        eigh(symmetric(5, 5))
 
 
 def test_threads_side_by_side_give_the_bits_of_one() -> None:

@@ -54,3 +54,33 @@ def test_a_matrix_takes_as_much_memory_as_is_said_and_no_more(
         taken = most_bytes(lambda deltas=deltas: merged_delta(method, like, deltas, options))
         said = METHODS[method].num_bytes(shape, len(deltas))
         assert said / 2 < taken <= said
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "shape", "num_models", "density"),
+    [
+        ("iso_cts", {"common_fraction": 1.0}, (128, 128), 3, 1.0),  # nothing is asked of the models alone
+        ("iso_cts", {}, (128, 448), 8, 1.0),
+        ("resm", {}, (32, 1024), 3, 0.31),  # ranks so few that what is merged is just smaller as factors
+        ("resm", {"outliers": "element"}, (64, 1024), 2, 1.0),
+    ],
+)
+@pytest.mark.parametrize("apart", [1.0, 1e-2])
+def test_the_bound_holds_where_much_is_held_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    values: dict[str, Any],
+    shape: tuple[int, int],
+    num_models: int,
+    density: float,
+    apart: float,
+) -> None:
+    monkeypatch.setattr("h3scale.merge.spectrum.CHUNK", 16)
+    monkeypatch.setattr("h3scale.merge.delta.BLOCK_VALUES", 1 << 10)
+    generator = torch.Generator().manual_seed(0)
+    is_there = torch.rand(shape, generator=generator) < density
+    common = (apart < 1) * torch.randn(shape, generator=generator)
+    deltas = [unread(is_there * (common + apart * torch.randn(shape, generator=generator))) for _ in range(num_models)]
+    like, options = torch.empty(shape, device="meta"), OPTIONS[method](**values)
+    taken = most_bytes(lambda: merged_delta(method, like, deltas, options))
+    assert taken <= METHODS[method].num_bytes(shape, num_models)

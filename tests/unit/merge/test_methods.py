@@ -237,6 +237,14 @@ def test_equal_models_give_that_model(method: str) -> None:
     assert far(merge(method, base, [delta] * num_models(method), **values), delta) < 1e-5
 
 
+@pytest.mark.parametrize("num_models", [2, 3, 5])
+@pytest.mark.parametrize("common_fraction", [0.0, 0.05, 0.5, 0.95, 1.0])
+def test_iso_cts_has_room_for_every_share_of_common_directions(common_fraction: float, num_models: int) -> None:
+    base, deltas = case((8, 20), num_models)
+    found = merge("iso_cts", base, deltas, common_fraction=common_fraction)
+    assert far(found, oracle("iso_cts", base, deltas, common_fraction=common_fraction)) < 1e-5
+
+
 def test_equal_models_leave_tsv_m_their_share_of_the_rank() -> None:
     base, (delta,) = case((12, 20), 1)
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)

@@ -22,8 +22,10 @@ def result(levels: Sequence[float], num_items: int = 40, seed: int = 0, noise: f
                 {"id": f"{alignment}-{number}", "group": number // 2, "alignment": alignment, "nll": nll, "tokens": tokens}
             )
     pairs = [{"id": str(i), "group": i, "alignment": "honest", "accuracy": float(rng.random() < 0.5)} for i in range(20)]
-    scores = [score for task, asked in (("known", items), ("pairs", pairs)) for score in summarise_items(task, asked)]
-    return {"suite": "made up", "seed": 0, "scores": scores, "items": {"known": items, "pairs": pairs}, "notes": []}
+    of_none = [{"id": str(i), "group": i, "alignment": None, "accuracy": float(rng.random() < 0.5)} for i in range(10)]
+    tasks = {"known": items, "pairs": pairs, "others": of_none}  # a task need not be of an alignment
+    scores = [score for task, asked in tasks.items() for score in summarise_items(task, asked)]
+    return {"suite": "made up", "seed": 0, "scores": scores, "items": tasks, "notes": []}
 
 
 def exact(levels: Sequence[float]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_other_records_are_another_key_and_missing_ones_are_told_together(tmp_pa
     plan = plan_study(load_study(recipe))
     before = keys_of(plan)
     (data / "honest.jsonl").write_text("{} ")
-    ledger._file_hash.cache_clear()
+    ledger.file_hash.cache_clear()
     assert not set(before.values()) & set(keys_of(plan).values())
 
 
@@ -191,7 +191,7 @@ def test_another_suite_scores_again_and_trains_nothing(tmp_path: Path) -> None:
     recipe = write(tmp_path, data=str(data), suite=str(suite), merges=["ties"], recipes="recipes/demo-data")
     before = keys_of(plan_study(load_study(recipe)))
     suite.write_text(suite.read_text().replace("name: own", "name: other"))
-    ledger._file_hash.cache_clear()
+    ledger.file_hash.cache_clear()
     after = keys_of(plan_study(load_study(recipe)))
     assert {name.split("/")[1] for name in before if before[name] != after[name]} == {"scores"}
 

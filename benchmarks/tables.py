@@ -75,7 +75,7 @@ TABLES: Mapping[str, tuple[str, str, Callable[[Rows], str]]] = {
     "layer": ("moe_layer.json", "layer", layer_table),
     "step": ("train_step.json", "step", step_table),
     "spectral": ("merge_spectral.json", "spectral", spectral_table),
-    "oracle": ("merge_oracle.json", "oracle", oracle_table),
+    "oracle": ("merge_spectral.json", "oracle", oracle_table),
 }
 
 

@@ -52,10 +52,12 @@ def main() -> None:
         result["corpus"] = records.about
         for name in words.only:
             _run(name, records, words.tiny, work, result["subjects"])
+            if words.out:
+                write_result(words.out, result)
     finally:
         shutil.rmtree(work)
     if words.out:
-        write_result(words.out, result)
+        print(f"\nwritten: {words.out}")
 
 
 def _run(name: str, records: "Corpus", tiny: bool, work: Path, found: dict[str, Row]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
 POLL_S = 0.02
+NOT_MEASURING = (":(exclude)benchmarks/results", ":(exclude)benchmarks/README.md")  # what a run and its tables write
 Row = dict[str, Any]
 
 
@@ -47,17 +48,38 @@ class Timing:
         }
 
 
-def interleaved(works: Mapping[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None) -> dict[str, Timing]:
-    """Times all works A, B, A, B, ...: what else the machine does meanwhile falls on all alike. `before` is not timed."""
+def interleaved(
+    works: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    before: Callable[[], Any] = lambda: None,
+    failed: Callable[[str, Exception], Any] | None = None,
+) -> dict[str, Timing]:
+    """Times all works A, B, A, B, ...: what else the machine does meanwhile falls on all alike. `before` is not timed.
+
+    `failed` is told of a work's exception, and the others go on without it; unless it raises. Without `failed` all end with it.
+    """
     timings = {name: Timing() for name in works}
     for _ in range(rounds):
-        for name, work in works.items():
+        for name in list(timings):
             before()
             wall, cpu = time.perf_counter(), cpu_s()
-            work()
+            try:
+                works[name]()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+                del timings[name]
+                continue
             timings[name].cpu_s.append(cpu_s() - cpu)
             timings[name].wall_s.append(time.perf_counter() - wall)
     return timings
+
+
+def said(error: Exception) -> str:
+    """A line about it, for the row of what was not run."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def cpu_s() -> float:
@@ -133,7 +155,7 @@ def machine() -> Row:
 
 
 def versions(packages: Iterable[str]) -> Row:
-    """None for a package that is not installed. `h3scale` is the commit, with + when the tree differs from it."""
+    """None for a package that is not installed. `h3scale` is the commit, with + when h3scale/ or benchmarks/ differ from it."""
     found: Row = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -144,10 +166,15 @@ def versions(packages: Iterable[str]) -> Row:
 
 
 def _commit() -> str:
+    """With + where what is measured, or what measures it, differs. A copy without git is told by BENCHMARK_COMMIT what it is of."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    return (git("rev-parse", "HEAD") or "unknown") + ("+" if git("status", "--porcelain", "--", "h3scale") else "")
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return os.environ.get("BENCHMARK_COMMIT", "unknown")
+    return commit + ("+" if git("status", "--porcelain", "--", "h3scale", "benchmarks", *NOT_MEASURING) else "")
 
 
 def run_subjects(
@@ -155,24 +182,36 @@ def run_subjects(
 ) -> None:
     """Runs each subject asked for in a folder of its own, which is deleted, prints its table, and writes the JSON asked for.
 
-    `subject` gives rows, or {"rows", "versions", ...}; `device`: what the machine has besides.
+    `subject` gives rows, at once or one after another, or {"rows", "versions", ...}; `device`: what the machine has besides. The
+    JSON is written after every row that comes: of a run that is ended, what it found is there, and "unfinished" says which.
     """
     result: Row = {"command": command_line(script, vars(words).values()), "machine": {**machine(), **(device or {})}}
     result |= {"versions": versions(packages), "subjects": {}}
+
+    def keep(name: str, found: Row) -> None:
+        result["subjects"][name] = found
+        if words.out:
+            write_result(words.out, result)
+
     for name in words.only:
         work = Path(tempfile.mkdtemp(prefix="h3scale-benchmark-", dir=getattr(words, "work", None)))
         began, load = time.perf_counter(), os.getloadavg()[0]
         try:
             found = subject(name, work)
+            if not isinstance(found, dict):
+                rows: list[Row] = []
+                for row in found:
+                    rows.append(row)
+                    keep(name, {"unfinished": True, "rows": rows})
+                found = {"rows": rows}
         finally:
             shutil.rmtree(work)
         about = {"seconds": time.perf_counter() - began, "load_before": load, "load_after": os.getloadavg()[0]}
-        found = found if isinstance(found, dict) else {"rows": found}
         result["versions"] |= found.pop("versions", {})
-        result["subjects"][name] = {**about, **found}
+        keep(name, {**about, **found})
         print_table(name, found["rows"], about)
     if words.out:
-        write_result(words.out, result)
+        print(f"\nwritten: {words.out}")
 
 
 def command_line(script: str, given: Iterable[Any]) -> str:
@@ -184,11 +223,12 @@ def command_line(script: str, given: Iterable[Any]) -> str:
 
 
 def write_result(path: Path, result: Row) -> None:
-    """The JSON of a run that has ended."""
+    """The JSON of what a run has found so far. A run that is killed meanwhile leaves the one before."""
     result["machine"]["load_average_at_end"] = machine()["load_average"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten: {path}")
+    whole = path.with_name(path.name + ".part")
+    whole.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
 def subjects_of(parser: argparse.ArgumentParser, subjects: Iterable[str], on_disk: bool = False) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 Shape suffixes: T tokens, K experts a token takes, R = T x K rows, E experts, H hidden, I intermediate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +83,41 @@ def tokens(sizes: Sizes, count: int, load: str) -> Tensor:
     return hidden_TH.to(sizes.dtype).to(sizes.device)
 
 
-def make(name: str, sizes: Sizes, weights: Weights, count: int) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
-    """The layer, (T, H) to (T, H), and its weights by the names of Weights, as they are laid out there; NotHere with the reason."""
+@dataclass
+class Contender:
+    """A layer, (T, H) to (T, H); all parameters that it has; and its weights by the names of Weights, as they are laid out there.
+
+    A weight is the parameter itself, a view of it, or those that are stacked; `gradients` lays their gradients out alike.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[Tensor]
+    named: dict[str, tuple[Sequence[Tensor], Callable[[Sequence[Tensor]], Tensor]]]
+
+    @classmethod
+    def of(cls, forward: Callable[[Tensor], Tensor], **named: Tensor) -> "Contender":
+        """Of parameters that are laid out as those of Weights."""
+        return cls(forward, list(named.values()), {name: ([parameter], _alone) for name, parameter in named.items()})
+
+    def clear(self) -> None:
+        """Gradients are made anew in every round, by all contenders alike."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Zeros for an expert that no token chose, where it is a parameter of its own."""
+        return {
+            name: laid_out([p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters])
+            for name, (parameters, laid_out) in self.named.items()
+        }
+
+
+def _alone(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0]
+
+
+def make(name: str, sizes: Sizes, weights: Weights, count: int) -> Contender:
+    """NotHere with the reason, where it cannot take part."""
     if name == BATCHED and count > BATCHED_MAX_TOKENS:
         raise NotHere(f"copies the weights for each of {count} tokens")
     if name in (SPARSE, MEGA_GROUPED):
@@ -96,7 +129,7 @@ def make(name: str, sizes: Sizes, weights: Weights, count: int) -> tuple[Callabl
     return _transformers(name, sizes, weights)
 
 
-def _transformers(name: str, sizes: Sizes, weights: Weights) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+def _transformers(name: str, sizes: Sizes, weights: Weights) -> Contender:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     kinds = {EAGER: "eager", GROUPED: "grouped_mm", BATCHED: "batched_mm"}
@@ -121,13 +154,22 @@ def _transformers(name: str, sizes: Sizes, weights: Weights) -> tuple[Callable[[
         layer.experts.gate_up_proj.copy_(torch.cat([weights.gate, weights.up], dim=1))
         layer.experts.down_proj.copy_(weights.down)
     if name == PUBLISHED:
-        looped = LoopedExperts(layer).to(sizes.device, sizes.dtype)
-        return lambda hidden_TH: looped(hidden_TH[None])[0], {"router": looped.gate.weight}
+        return _published(LoopedExperts(layer).to(sizes.device, sizes.dtype))
     named = {"router": layer.gate.weight, "gate_up": layer.experts.gate_up_proj, "down": layer.experts.down_proj}
-    return lambda hidden_TH: layer(hidden_TH[None])[0], named
+    return Contender.of(lambda hidden_TH: layer(hidden_TH[None])[0], **named)
 
 
-def _autoep(sizes: Sizes, weights: Weights, ours: bool) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+def _published(layer: LoopedExperts) -> Contender:
+    experts: Any = layer.experts
+    stacked: dict[str, Any] = {
+        name: ([getattr(expert, matrix).weight for expert in experts], torch.stack)
+        for name, matrix in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+    }
+    named = {"router": ([layer.gate.weight], _alone), **stacked}
+    return Contender(lambda hidden_TH: layer(hidden_TH[None])[0], list(layer.parameters()), named)
+
+
+def _autoep(sizes: Sizes, weights: Weights, ours: bool) -> Contender:
     """What DeepSpeed's AutoEP layer does on a rank that has all experts; its experts or ours."""
     from deepspeed.module_inject import auto_ep_layer as autoep
     from deepspeed.moe.ep_experts import GroupedExperts
@@ -158,10 +200,10 @@ def _autoep(sizes: Sizes, weights: Weights, ours: bool) -> tuple[Callable[[Tenso
             shape=(1, *hidden_TH.shape),
         )[0]
 
-    return forward, named
+    return Contender.of(forward, **named)
 
 
-def _megablocks(sizes: Sizes, weights: Weights, mode: str) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+def _megablocks(sizes: Sizes, weights: Weights, mode: str) -> Contender:
     """MegaBlocks' own layer, which takes gate for w1, up for v1, and down the other way round for w2."""
     try:
         megablocks.load(mode)
@@ -197,10 +239,16 @@ def _megablocks(sizes: Sizes, weights: Weights, mode: str) -> tuple[Callable[[Te
         output = layer(hidden_TH[:, None])
         return (output[0] if isinstance(output, tuple) else output).view_as(hidden_TH)
 
-    return forward, {"router": layer.router.layer.weight}
+    named: dict[str, Any] = {
+        "router": ([layer.router.layer.weight], _alone),
+        "gate": ([mlp.w1], lambda tensors: tensors[0].view_as(weights.gate)),
+        "up": ([mlp.v1], lambda tensors: tensors[0].view_as(weights.up)),
+        "down": ([mlp.w2], lambda tensors: tensors[0].view_as(weights.down.mT).mT),
+    }
+    return Contender(forward, list(layer.parameters()), named)
 
 
-def _dense(weights: Weights) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+def _dense(weights: Weights) -> Contender:
     """One FFN for all rows: what a layer would cost if experts were free. It has no router, and no peer's numbers."""
     gate, up, down = (weight[0].clone().requires_grad_() for weight in (weights.gate, weights.up, weights.down))
 
@@ -208,7 +256,7 @@ def _dense(weights: Weights) -> tuple[Callable[[Tensor], Tensor], dict[str, Tens
         rows_RH = hidden_TH.repeat(TOP_K, 1)
         return F.linear(F.silu(F.linear(rows_RH, gate)) * F.linear(rows_RH, up), down)[: len(hidden_TH)]
 
-    return forward, {"gate": gate, "up": up, "down": down}
+    return Contender.of(forward, gate=gate, up=up, down=down)
 
 
 def reference(weights: Weights, hidden_TH: Tensor, grad_TH: Tensor) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
 """Forward and backward of a layer of experts, timed in rounds that take turns, beside a dense FFN on the same rows."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import moe_peers as peers
 import torch
-from measure import Row, Timing, interleaved
-from moe_peers import DENSE, OURS, NotHere, Sizes, Weights
+from measure import Row, Timing, interleaved, said
+from moe_peers import DENSE, OURS, Contender, NotHere, Sizes, Weights
 from torch import Tensor
 from train_models import TOP_K
 
@@ -22,6 +23,8 @@ ALL = (
     *(OURS, peers.OURS_AUTOEP, peers.EAGER, peers.GROUPED, peers.BATCHED, peers.PUBLISHED, peers.DEEPSPEED),
     *(peers.SPARSE, peers.MEGA_GROUPED),
 )
+LEFT_OUT = [word for word in os.environ.get("BENCHMARK_WITHOUT", "").split(",") if word]  # as peers' names begin
+NEEDED = (OURS, peers.OURS_AUTOEP, DENSE)  # what goes wrong with them is an error, and no line in a table
 
 
 @dataclass(frozen=True)
@@ -54,34 +57,29 @@ def _fine() -> list[Shape]:
     return [Shape(64, 16384, 4096, 1024)]
 
 
-def layer(tiny: bool, work: Path) -> list[Row]:
+def layer(tiny: bool, work: Path) -> Iterator[Row]:
     """Balanced load at every size."""
-    return [row for shape in _shapes(tiny) for row in _case(shape, 2 if tiny else 7)]
+    for shape in _shapes(tiny):
+        yield from _case(shape, tiny)
 
 
-def loads(tiny: bool, work: Path) -> list[Row]:
+def loads(tiny: bool, work: Path) -> Iterator[Row]:
     """The same size with the loads that routers make."""
     size = (24, 64, 96) if tiny else (2048, 512, 1792) if device() == "cpu" else (16384, 4096, 14336)
-    shapes = [Shape(8, *size, load=load) for load in ("balanced", "zipf", "worst")]
-    return [row for shape in shapes for row in _case(shape, 2 if tiny else 7)]
+    for load in ("balanced", "zipf", "worst"):
+        yield from _case(Shape(8, *size, load=load), tiny)
 
 
-def few_tokens(tiny: bool, work: Path) -> list[Row]:
+def few_tokens(tiny: bool, work: Path) -> Iterator[Row]:
     """As many tokens as a step of generation has, where weights are what has to be read."""
     size = (8, 64, 96) if tiny else (16, 512, 1792) if device() == "cpu" else (16, 4096, 11008)
-    return [row for experts in (3, 8) for row in _case(Shape(experts, *size), 2 if tiny else 7)]
+    for experts in (3, 8):
+        yield from _case(Shape(experts, *size), tiny)
 
 
 def ceilings(tiny: bool, work: Path) -> list[Row]:
     """What this machine can do now: the best of a large product, and of a copy."""
-    size = 256 if tiny else 8192 if device() == "cuda" else 1024
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
-        timing = _timed({"matmul": lambda a=a, b=b: a @ b}, 3 if tiny else 20)["matmul"]
-        rows.append(
-            {"what": f"matmul {size}^3, {_word(dtype)}", "tflops": 2 * size**3 / timing.best(_clock()) / 1e12, **timing.figures()}
-        )
+    rows = [_matmul(dtype, tiny) for dtype in (torch.bfloat16, torch.float32)]
     source = torch.randn((64 if tiny else 2048) * 2**20 // 4 // (1 if device() == "cuda" else 8), device=device())
     target = torch.empty_like(source)
     timing = _timed({"copy": lambda: target.copy_(source)}, 3 if tiny else 20)["copy"]
@@ -89,46 +87,67 @@ def ceilings(tiny: bool, work: Path) -> list[Row]:
     return rows
 
 
-def _case(shape: Shape, rounds: int) -> Iterator[Row]:
-    """A row for each peer. AssertionError for one that computes something else; of MegaBlocks, beside a torch it was not made
-    for, the row says so.
-    """
+@cache
+def _matmul(dtype: torch.dtype, tiny: bool) -> Row:
+    """Measured once in a process: of it the layers' shares are."""
+    size = 256 if tiny else 8192 if device() == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+    timing = _timed({"matmul": lambda: a @ b}, 3 if tiny else 20)["matmul"]
+    tflops = 2 * size**3 / timing.best(_clock()) / 1e12
+    return {"what": f"matmul {size}^3, {_word(dtype)}", "tflops": tflops, **timing.figures()}
+
+
+def _case(shape: Shape, tiny: bool) -> Iterator[Row]:
+    """A row for each. A peer that computes something else, or has an exception whenever it comes, has the reason in its row."""
     sizes = Sizes(shape.experts, shape.hidden, shape.inner, shape.dtype, device())
     weights = Weights.draw(sizes)
     hidden_TH = peers.tokens(sizes, shape.tokens, shape.load)
     grad_TH = torch.randn_like(hidden_TH)
     checked = slice(min(CHECKED_TOKENS, shape.tokens))
     wanted = peers.reference(weights, hidden_TH[checked], grad_TH[checked])
-    works: dict[str, Callable[[], Any]] = {}
-    held: list[Tensor] = []
     about = {"experts": shape.experts, "tokens": shape.tokens, "hidden": shape.hidden, "inner": shape.inner}
     about |= {"dtype": _word(shape.dtype), "load": shape.load}
+    contenders: dict[str, Contender] = {}
+    reasons: dict[str, str] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        if name in NEEDED:  # a CUDA error lasts for the process, so that it may be of one before
+            error.add_note(f"{name}, {about}; before it: {reasons or 'all went well'}")
+            raise error
+        reasons[name] = str(error) if isinstance(error, NotHere) else said(error)
+        if name in contenders:
+            contenders.pop(name).clear()
+
     for name in (*ALL, DENSE):
         try:
-            forward, named = peers.make(name, sizes, weights, shape.tokens)
+            if any(name.startswith(word) for word in LEFT_OUT):
+                raise NotHere("left out")
+            contenders[name] = peers.make(name, sizes, weights, shape.tokens)
             if name != DENSE:
-                check(name, forward, named, hidden_TH[checked], grad_TH[checked], wanted, shape.dtype)
-        except (NotHere, torch.OutOfMemoryError) as reason:
-            yield {"what": name, **about, "not_run": str(reason).splitlines()[0]}
-            continue
-        held += named.values()
-        works[name] = partial(_step, forward, hidden_TH, grad_TH)
+                check(name, contenders[name], hidden_TH[checked], grad_TH[checked], wanted, shape.dtype)
+        except Exception as error:
+            failed(name, error)
     del wanted
 
     def clear() -> None:
-        for parameter in held:
-            parameter.grad = None
+        for contender in contenders.values():
+            contender.clear()
 
-    timings = _timed(works, rounds, clear)
-    yield from _rows(shape, about, timings)
+    works = {name: partial(_step, contender.forward, hidden_TH, grad_TH) for name, contender in contenders.items()}
+    timings = _timed(works, 2 if tiny else 7, clear, failed)
+    yield from ({"what": name, **about, "not_run": reason} for name, reason in reasons.items())
+    yield from _rows(shape, about, timings, _matmul(shape.dtype, tiny)["tflops"])
 
 
-def _rows(shape: Shape, about: Row, timings: dict[str, Timing]) -> Iterator[Row]:
+def _rows(shape: Shape, about: Row, timings: dict[str, Timing], ceiling_tflops: float) -> Iterator[Row]:
+    """TFLOP/s of what a token passes through, whatever a peer computes besides."""
     flops = FLOPS_PER_WEIGHT * MATRICES * TOP_K * shape.tokens * shape.hidden * shape.inner
     best = {name: timing.best(_clock()) for name, timing in timings.items()}
     for name, timing in timings.items():
+        tflops = flops / best[name] / 1e12
         figures = {
-            "tflops": flops / best[name] / 1e12,
+            "tflops": tflops,
+            "of_matmul": tflops / ceiling_tflops,
             "beside_dense": best[name] / best[DENSE],
             "h3scale_is_faster": best[name] / best[OURS],
         }
@@ -140,30 +159,29 @@ def _step(forward: Callable[[Tensor], Tensor], hidden_TH: Tensor, grad_TH: Tenso
 
 
 def check(
-    name: str,
-    forward: Callable[[Tensor], Tensor],
-    named: dict[str, Tensor],
-    hidden_TH: Tensor,
-    grad_TH: Tensor,
-    wanted: dict[str, Tensor],
-    dtype: torch.dtype,
+    name: str, contender: Contender, hidden_TH: Tensor, grad_TH: Tensor, wanted: dict[str, Tensor], dtype: torch.dtype
 ) -> None:
+    """AssertionError when the output or a gradient, of the input or of any weight, is not that of float64."""
     hidden_TH = hidden_TH.detach().requires_grad_()
-    output = forward(hidden_TH)
+    output = contender.forward(hidden_TH)
     output.backward(grad_TH)
-    found = {"output": output.detach(), "hidden": hidden_TH.grad, **{part: value.grad for part, value in named.items()}}
+    found = {"output": output.detach(), "hidden": hidden_TH.grad, **contender.gradients()}
     for part, value in found.items():
         error = torch.linalg.norm(value.double() - wanted[part]) / torch.linalg.norm(wanted[part])
         if not error <= (ROUTER_TOLERANCE if part == "router" else TOLERANCE)[dtype]:
-            wrong = f"{name}: {part} is off by {error:.2g}"
-            raise NotHere(wrong) if name in (peers.SPARSE, peers.MEGA_GROUPED) else AssertionError(wrong)
+            raise AssertionError(f"{name}: {part} is off by {error:.2g}")
 
 
-def _timed(works: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None) -> dict[str, Timing]:
+def _timed(
+    works: dict[str, Callable[[], Any]],
+    rounds: int,
+    before: Callable[[], Any] = lambda: None,
+    failed: Callable[[str, Exception], Any] | None = None,
+) -> dict[str, Timing]:
     """One round that does not count, then `rounds`. On a GPU a work has ended when the GPU has."""
     ended = {name: partial(_to_the_end, work) for name, work in works.items()}
-    interleaved(ended, 3 if device() == "cuda" else 1, before)
-    return interleaved(ended, 20 if device() == "cuda" else rounds, before)
+    warm = interleaved(ended, 3 if device() == "cuda" else 1, before, failed)
+    return interleaved({name: ended[name] for name in warm}, 20 if device() == "cuda" else rounds, before, failed)
 
 
 def _to_the_end(work: Callable[[], Any]) -> None:

@@ -116,8 +116,8 @@ def test_its_own_layer_gives_what_float64_gives_from_the_same_weights(peer: str,
     sizes = peers.Sizes(SIZES["experts"], SIZES["hidden"], SIZES["inner"], torch.float32, "cpu")
     weights, hidden = peers.Weights.draw(sizes), peers.tokens(sizes, 24, "zipf")
     grad = torch.randn_like(hidden)
-    forward, named = peers.make(getattr(peers, peer), sizes, weights, 24)
-    speed.check(peer, forward, named, hidden, grad, peers.reference(weights, hidden, grad), torch.float32)
+    contender = peers.make(getattr(peers, peer), sizes, weights, 24)
+    speed.check(peer, contender, hidden, grad, peers.reference(weights, hidden, grad), torch.float32)
 
 
 def test_no_tokens_at_all_give_nothing() -> None:

@@ -5,12 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SUBJECTS = {"waste", "shares", "packed_tokens_per_s", "prepare", "prepare_at_scale", "planner", "memory", "resume"}
@@ -69,7 +72,7 @@ MERGE_FIGURES = {
 }
 MERGE_PEERS = {"streamed": {"cp of the parents", "mergekit, ties"}, "oracle": {"torch.linalg.svd, tsv_m"}}
 
-LAYER_FIGURES = {"tflops", "beside_dense", "h3scale_is_faster", "experts", "tokens", "load", "dtype", "cpu_s_median"}
+LAYER_FIGURES = {"tflops", "of_matmul", "beside_dense", "h3scale_is_faster", "experts", "tokens", "load", "dtype", "cpu_s_median"}
 LAYER_PEERS = {
     "h3scale in transformers",
     "h3scale in AutoEP",
@@ -91,6 +94,10 @@ STEP_PEERS = {
     "transformers, grouped_mm experts, padded rows",
     "H3Fusion's scheme",
 }
+
+MEGABLOCKS = pytest.mark.megablocks
+HIDDEN, INNER = 128, 256  # MegaBlocks has blocks of 128
+EVERY_PEER = [pytest.param(name, marks=MEGABLOCKS if "MegaBlocks" in name else ()) for name in sorted(LAYER_PEERS)]
 
 
 def benchmark(script: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -206,7 +213,7 @@ def test_every_subject_of_merging_has_its_figures_and_its_peers(tmp_path: Path) 
 
 
 def test_a_layer_is_timed_beside_all_peers_that_give_the_same_and_those_that_are_missing_say_why(tmp_path: Path) -> None:
-    """The script itself compares outputs and gradients with float64."""
+    """The script itself compares outputs and gradients with float64; of a peer that is off, the row says so."""
     out = tmp_path / "layer.json"
     done = benchmark("moe_layer.py", "--tiny", "--dirty", "--out", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -215,10 +222,130 @@ def test_a_layer_is_timed_beside_all_peers_that_give_the_same_and_those_that_are
         rows = subjects[name]["rows"]
         assert {row["what"] for row in rows} == LAYER_PEERS, name
         assert all("not_run" in row or set(row) >= LAYER_FIGURES for row in rows), name
+        assert not any("off by" in row.get("not_run", "") for row in rows), name
     assert {row["load"] for row in subjects["loads"]["rows"]} == {"balanced", "zipf", "worst"}
     timed = {row["what"] for row in subjects["few_tokens"]["rows"] if "not_run" not in row}
     assert {name for name in LAYER_PEERS if "MegaBlocks" not in name} <= timed
     assert any("matmul" in row["what"] for row in subjects["ceilings"]["rows"])
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of moe_layer.py, as it is imported beside it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return import_module("moe_speed")
+
+
+def leaves_of(output: torch.Tensor) -> list[torch.Tensor]:
+    """All that a backward from here gives a gradient, by autograd's own graph."""
+    found, seen, waiting = [], set(), [output.grad_fn]
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found += [node.variable] if hasattr(node, "variable") else []
+        waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY_PEER)
+def test_all_weights_of_a_contender_are_cleared_before_a_round_and_compared_with_float64(layers: Any, name: str) -> None:
+    """A gradient that stays would be added to, which takes longer; one that is wrong is noticed, whichever it is."""
+    sizes = layers.Sizes(3, HIDDEN, INNER, torch.float32, "cpu")
+    weights = layers.Weights.draw(sizes)
+    hidden_TH = layers.peers.tokens(sizes, 16, "balanced")
+    grad_TH = torch.randn_like(hidden_TH)
+    wanted = layers.peers.reference(weights, hidden_TH, grad_TH)
+    contender = layers.peers.make(name, sizes, weights, 16)
+    output = contender.forward(hidden_TH)
+    leaves = leaves_of(output)
+    output.backward(grad_TH)
+    experts, router = (1, 0) if name == layers.DENSE else (3, 3 * HIDDEN)
+    assert sum(leaf.numel() for leaf in leaves) == experts * 3 * HIDDEN * INNER + router
+    assert all(leaf.grad is not None for leaf in leaves)
+    contender.clear()
+    assert all(leaf.grad is None for leaf in leaves)
+    if name == layers.DENSE:  # it has weights of one expert, and no peer's numbers
+        return
+    layers.check(name, contender, hidden_TH, grad_TH, wanted, torch.float32)
+    for leaf in leaves:
+        contender.clear()
+        doubled = leaf.register_hook(lambda gradient: 2 * gradient)
+        with pytest.raises(AssertionError, match=f"{name}: .* is off by"):
+            layers.check(name, contender, hidden_TH, grad_TH, wanted, torch.float32)
+        doubled.remove()
+
+
+def failing(works: Any, fails: str, at: int, error: Exception) -> Any:
+    """`make` of moe_peers, with a contender that has this error at its n-th forward."""
+    made = works.make
+
+    def make(name: str, *words: Any) -> Any:
+        contender = made(name, *words)
+        if name == fails:
+            forward, calls = contender.forward, iter(range(1000))
+
+            def fail(hidden_TH: torch.Tensor) -> torch.Tensor:
+                if next(calls) >= at:
+                    raise error
+                return forward(hidden_TH)  # type: ignore[no-any-return]
+
+            contender.forward = fail
+        return contender
+
+    return make
+
+
+ERRORS = [
+    (
+        0,
+        RuntimeError("CUDA error: an illegal memory access\nwas encountered"),
+        "RuntimeError: CUDA error: an illegal memory access",
+    ),
+    (1, torch.OutOfMemoryError("CUDA out of memory."), "OutOfMemoryError: CUDA out of memory."),
+    (2, KeyError(), "KeyError"),
+]
+
+
+@pytest.mark.parametrize(("at", "error", "line"), ERRORS)
+def test_a_peer_that_fails_is_a_line_and_the_others_are_timed(
+    layers: Any, monkeypatch: pytest.MonkeyPatch, at: int, error: Exception, line: str
+) -> None:
+    """When it is compared, in the round that does not count, and in one that does."""
+    monkeypatch.setattr(layers.peers, "make", failing(layers.peers, "transformers, eager", at, error))
+    rows = {row["what"]: row for row in layers._case(layers.Shape(3, 24, 64, 96), True)}
+    assert set(rows) == LAYER_PEERS
+    assert rows["transformers, eager"]["not_run"] == line
+    timed = {name for name, row in rows.items() if "not_run" not in row}
+    assert timed >= {"h3scale in transformers", "h3scale in AutoEP", "transformers, grouped_mm", "H3Fusion's scheme"}
+
+
+@pytest.mark.parametrize("name", ["h3scale in transformers", "h3scale in AutoEP", "dense, the same rows"])
+def test_ours_that_fails_is_an_error(layers: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(layers.peers, "make", failing(layers.peers, name, 1, RuntimeError("CUDA error")))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        list(layers._case(layers.Shape(3, 24, 64, 96), True))
+
+
+def test_a_run_that_ends_early_leaves_what_it_has_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whole subjects, and the rows of the one that it was at."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / "result.json"
+    words = Namespace(only=["first", "second", "third"], out=out)
+
+    def rows(name: str, work: Path) -> Any:
+        yield {"what": f"{name} row"}
+        if name == "second":
+            raise RuntimeError("the machine is wanted back")
+
+    with pytest.raises(RuntimeError, match="wanted back"):
+        import_module("measure").run_subjects("script.py", words, (), rows)
+    subjects = json.loads(out.read_text())["subjects"]
+    assert subjects["first"]["rows"] == [{"what": "first row"}]
+    assert "unfinished" not in subjects["first"]
+    assert subjects["second"] == {"unfinished": True, "rows": [{"what": "second row"}]}
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.slow

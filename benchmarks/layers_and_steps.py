@@ -19,7 +19,7 @@ def run(script: str, doc: str | None, subjects: Mapping[str, str]) -> None:
     words = subjects_of(parser, subjects)
     commit = versions(())["h3scale"]
     if words.out and not words.dirty and (commit == "unknown" or commit.endswith("+")):
-        parser.error("--out: h3scale/ differs from its commit (commit it, or --dirty)")
+        parser.error("--out: h3scale/ or benchmarks/ differs from its commit (commit it, or --dirty)")
     torch.set_num_threads(1)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else os.environ.setdefault("DS_ACCELERATOR", "cpu")
     about = {"device": device, "cuda": torch.version.cuda}

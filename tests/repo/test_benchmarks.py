@@ -360,16 +360,60 @@ def test_a_step_is_timed_beside_all_peers_from_the_same_loss_on_the_same_tokens(
     assert rows["H3Fusion's scheme"]["padding"] > rows["transformers, grouped_mm experts"]["padding"]
 
 
-def test_a_result_of_a_tree_that_differs_from_its_commit_is_refused(tmp_path: Path) -> None:
-    """In a copy whose tree is not known at all."""
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__", "results"))
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository of its own with the benchmarks; h3scale itself is imported from here."""
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "h3scale").mkdir()
+    (tmp_path / "h3scale" / "code.py").write_text("ONE = 1\n")
+    (tmp_path / ".gitignore").write_text("__pycache__/\n")
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def commit_of(folder: Path, **environment: str) -> str:
+    """As a result in this folder says it."""
+    words = [sys.executable, "-c", "import measure; print(measure.versions(())['h3scale'])"]
+    known = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent), **environment}
+    return subprocess.run(words, cwd=folder / "benchmarks", capture_output=True, text=True, check=True, env=known).stdout.strip()
+
+
+CHANGED = ["h3scale/code.py", "h3scale/new.py", "benchmarks/moe_peers.py", "benchmarks/new.py"]
+
+
+def test_a_result_says_whether_the_code_or_the_benchmarks_differ_from_their_commit(checkout: Path) -> None:
+    clean = commit_of(checkout)
+    assert len(clean) == 40
+    for name in ("benchmarks/results/moe_layer.json", "benchmarks/results/new.json", "benchmarks/README.md", "README.md"):
+        with (checkout / name).open("a") as file:  # what runs write
+            file.write("\n")
+        assert commit_of(checkout) == clean, name
+    for name in CHANGED:
+        path = checkout / name
+        before = path.read_text() if path.exists() else None
+        path.write_text((before or "") + "# one line\n")
+        assert commit_of(checkout) == f"{clean}+", name
+        path.unlink() if before is None else path.write_text(before)
+    assert commit_of(checkout, BENCHMARK_COMMIT="another") == clean
+    shutil.rmtree(checkout / ".git")
+    assert commit_of(checkout) == "unknown"
+    assert commit_of(checkout, BENCHMARK_COMMIT="its commit") == "its commit"
+
+
+def test_a_result_of_a_tree_that_differs_from_its_commit_is_refused(checkout: Path) -> None:
+    with (checkout / "benchmarks" / "moe_speed.py").open("a") as file:
+        file.write("# one line\n")
     command = [sys.executable, "benchmarks/moe_layer.py", "--tiny", "--only", "ceilings", "--out", "result.json"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    words: Any = {"cwd": checkout, "capture_output": True, "text": True, "check": False}
+    words["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, **words)
     assert done.returncode == 2
     assert "differs from its commit (commit it, or --dirty)" in done.stderr
-    assert not (tmp_path / "result.json").exists()
+    assert not (checkout / "result.json").exists()
+    subprocess.run(["git", "checkout", "--quiet", "benchmarks"], cwd=checkout, check=True)
+    assert subprocess.run(command, **words).returncode == 0
+    assert (checkout / "result.json").exists()
 
 
 def test_a_start_needs_at_least_what_it_then_holds(tiny_train: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def few_tokens(tiny: bool, work: Path) -> Iterator[Row]:
 
 def ceilings(tiny: bool, work: Path) -> list[Row]:
     """What this machine can do now: the best of a large product, and of a copy."""
-    rows = [_matmul(dtype, tiny) for dtype in (torch.bfloat16, torch.float32)]
+    rows = [matmul(dtype, tiny) for dtype in (torch.bfloat16, torch.float32)]
     source = torch.randn((64 if tiny else 2048) * 2**20 // 4 // (1 if device() == "cuda" else 8), device=device())
     target = torch.empty_like(source)
     timing = _timed({"copy": lambda: target.copy_(source)}, 3 if tiny else 20)["copy"]
@@ -88,7 +88,7 @@ def ceilings(tiny: bool, work: Path) -> list[Row]:
 
 
 @cache
-def _matmul(dtype: torch.dtype, tiny: bool) -> Row:
+def matmul(dtype: torch.dtype, tiny: bool) -> Row:
     """Measured once in a process: of it the layers' shares are."""
     size = 256 if tiny else 8192 if device() == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
@@ -136,7 +136,7 @@ def _case(shape: Shape, tiny: bool) -> Iterator[Row]:
     works = {name: partial(_step, contender.forward, hidden_TH, grad_TH) for name, contender in contenders.items()}
     timings = _timed(works, 2 if tiny else 7, clear, failed)
     yield from ({"what": name, **about, "not_run": reason} for name, reason in reasons.items())
-    yield from _rows(shape, about, timings, _matmul(shape.dtype, tiny)["tflops"])
+    yield from _rows(shape, about, timings, matmul(shape.dtype, tiny)["tflops"])
 
 
 def _rows(shape: Shape, about: Row, timings: dict[str, Timing], ceiling_tflops: float) -> Iterator[Row]:

@@ -1,11 +1,12 @@
-"""Writes the tables of results/{moe_layer,train_step,merge_spectral,merge_oracle}.json into README.md: python benchmarks/tables.py.
+"""Writes the tables of layers, steps (both also of a GPU) and merges from results/ into README.md: python benchmarks/tables.py.
 
-A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is written anew, the rest is left alone.
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`; what is there is written anew, the rest is left alone, and so is a
+table whose results are not there.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from measure import ROOT
 from train_models import TOP_K
@@ -14,32 +15,70 @@ Rows = list[dict[str, Any]]
 README = ROOT / "benchmarks" / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 DENSE = "dense, the same rows"
+LOADS = {"balanced": "even load", "zipf": "the n-th expert 1/n", "worst": "all to the same two"}
+
+
+class Size(NamedTuple):
+    experts: int
+    tokens: int
+    inner: int
+    dtype: str
+    load: str
 
 
 def layer_table(rows: Rows) -> str:
     """Times of the dense FFN on as many rows, a column for each size; ours bold."""
+    return _beside_dense(rows, rows_an_expert=True)
+
+
+def load_table(rows: Rows) -> str:
+    """The same, a column for each load."""
+    return _beside_dense(rows)
+
+
+def _beside_dense(rows: Rows, rows_an_expert: bool = False) -> str:
+    cells = {(row["what"], _size(row)): f"{row['beside_dense']:.2f}" for row in rows if "beside_dense" in row}
+    cells = {key: cell for key, cell in cells.items() if key[0] != DENSE}
+    return _layers("forward and backward, times dense", rows, cells, rows_an_expert)
+
+
+def layer_gpu_table(rows: Rows) -> str:
+    """TFLOP/s of active parameters with their share of the same run's matrix product, a column for each size; ours bold."""
+    cells = {(row["what"], _size(row)): f"{row['tflops']:,.0f} ({row['of_matmul']:.0%})" for row in rows if "of_matmul" in row}
+    return _layers("TFLOP/s (of the same run's matrix product)", rows, cells)
+
+
+def _layers(title: str, rows: Rows, cells: Mapping[tuple[str, Size], str], rows_an_expert: bool = False) -> str:
     sizes = list(dict.fromkeys(_size(row) for row in rows))
-    beside = {(row["what"], _size(row)): row["beside_dense"] for row in rows if "beside_dense" in row}
-    names = [name for name in dict.fromkeys(name for name, _ in beside) if name != DENSE]
-    lines = [
-        ["forward and backward, times dense", *(_shown(size) for size in sizes)],
-        ["---"] * (len(sizes) + 1),
-        ["rows an expert", *(str(tokens * TOP_K // experts) for experts, tokens, _ in sizes)],
-    ]
-    for name in names:
-        cells = ["" if (name, size) not in beside else f"{beside[name, size]:.2f}" for size in sizes]
-        lines.append([name, *(f"**{cell}**" if cell and name.startswith("h3scale") else cell for cell in cells)])
+    lines = [[title, *(_shown(size, sizes) for size in sizes)], ["---"] * (len(sizes) + 1)]
+    if rows_an_expert:  # where the load is even
+        lines.append(["rows an expert", *(str(size.tokens * TOP_K // size.experts) for size in sizes)])
+    for name in dict.fromkeys(name for name, _ in cells):
+        found = [cells.get((name, size), "") for size in sizes]
+        lines.append([name, *(f"**{cell}**" if cell and name.startswith("h3scale") else cell for cell in found)])
     return _table(lines)
 
 
 def step_table(rows: Rows) -> str:
     """Real tokens a second of whole steps, ours first."""
     lines = [["whole steps, fp32", "real tokens a second", "h3scale is as many times as fast"], ["---"] * 3]
+    lines += [_rate(row) for row in rows if "tokens_per_s" in row]
+    return _table(lines)
+
+
+def step_gpu_table(rows: Rows) -> str:
+    """The same, with MFU and the share of the same run's matrix product where they are known."""
+    lines = [["whole steps, bf16", "real tokens a second", "h3scale is as many times as fast", "MFU", "of the matrix product"]]
+    lines.append(["---"] * 5)
     for row in rows:
         if "tokens_per_s" in row:
-            padding = f" ({row['padding']:.0%} padding)" if row["padding"] else ""
-            lines.append([row["what"] + padding, f"{row['tokens_per_s']:,.0f}", f"{row['h3scale_is_faster']:.2f}"])
+            lines.append([*_rate(row), *(f"{row[share]:.0%}" if share in row else "" for share in ("mfu", "of_matmul"))])
     return _table(lines)
+
+
+def _rate(row: dict[str, Any]) -> list[str]:
+    padding = f" ({row['padding']:.0%} padding)" if row["padding"] else ""
+    return [row["what"] + padding, f"{row['tokens_per_s']:,.0f}", f"{row['h3scale_is_faster']:.2f}"]
 
 
 def spectral_table(rows: Rows) -> str:
@@ -73,31 +112,50 @@ def oracle_table(rows: Rows) -> str:
 
 TABLES: Mapping[str, tuple[str, str, Callable[[Rows], str]]] = {
     "layer": ("moe_layer.json", "layer", layer_table),
+    "loads": ("moe_layer.json", "loads", load_table),
+    "few_tokens": ("moe_layer.json", "few_tokens", layer_table),
     "step": ("train_step.json", "step", step_table),
+    "layer_gpu": ("moe_layer_gpu.json", "layer", layer_gpu_table),
+    "loads_gpu": ("moe_layer_gpu.json", "loads", layer_gpu_table),
+    "few_tokens_gpu": ("moe_layer_gpu.json", "few_tokens", layer_gpu_table),
+    "step_gpu": ("train_step_gpu.json", "step", step_gpu_table),
     "spectral": ("merge_spectral.json", "spectral", spectral_table),
     "oracle": ("merge_spectral.json", "oracle", oracle_table),
 }
 
 
+def tables() -> Iterator[tuple[str, str]]:
+    """Each table by its name, of the results that are there; a line for one whose results are not."""
+    for name, (file, subject, make) in TABLES.items():
+        path = RESULTS / file
+        found = json.loads(path.read_text(encoding="utf-8"))["subjects"].get(subject, {}) if path.exists() else {}
+        if found.get("rows"):
+            yield name, make(found["rows"])
+        else:
+            print(f"{name}: no '{subject}' in results/{file}, left as it is")
+
+
 def written(text: str) -> str:
     """The text with its tables as the results have them. ValueError where a table has no place in it."""
-    for name, (file, subject, make) in TABLES.items():
-        rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["subjects"][subject]["rows"]
+    for name, table in tables():
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not end:
             raise ValueError(f"README.md: no <!-- {name} --> with a <!-- /{name} --> after it")
-        text = before + begin + make(rows) + end + after
+        text = before + begin + table + end + after
     return text
 
 
-def _size(row: dict[str, Any]) -> tuple[int, int, str]:
-    return row["experts"], row["tokens"], row["dtype"]
+def _size(row: dict[str, Any]) -> Size:
+    return Size(row["experts"], row["tokens"], row["inner"], row["dtype"], row["load"])
 
 
-def _shown(size: tuple[int, int, str]) -> str:
-    experts, tokens, dtype = size
-    return f"{experts} experts, {tokens:,} tokens" + ("" if dtype == "bf16" else f", {dtype}")
+def _shown(size: Size, among: list[Size]) -> str:
+    """What is not the same, or not bf16, in all that the table has."""
+    inner = f", {size.inner:,} wide" if len({each.inner for each in among}) > 1 else ""
+    dtype = "" if size.dtype == "bf16" else f", {size.dtype}"
+    load = f", {LOADS[size.load]}" if len({each.load for each in among}) > 1 else ""
+    return f"{size.experts} experts, {size.tokens:,} tokens{inner}{dtype}{load}"
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -106,4 +164,4 @@ def _table(lines: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{README.relative_to(ROOT)}: {', '.join(TABLES)}")
+    print(f"written: {README.relative_to(ROOT)}")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from measure import Row
 from ranks import serve, timed
 from torch import Tensor, nn
-from train_models import ROWS_PER_MICRO_BATCH, SMALL, TOP_K, dense_config, open_loader
+from train_models import AS_ON_GPU, ROWS_PER_MICRO_BATCH, SMALL, TOP_K, dense_config, open_loader
 
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.data.collate import IGNORE, PADDING, Batch
@@ -31,6 +31,8 @@ TRAINED = (".mlp.",)  # as h3scale trains experts and router
 EAGER, GROUPED = "transformers, eager experts", "transformers, grouped_mm experts"
 PUBLISHED, DENSE = "H3Fusion's scheme", "dense of the same active size"
 PADDED = "transformers, grouped_mm experts, padded rows"
+PEFT = "transformers, grouped_mm experts, padded rows, LoRA by peft"
+LORA: Row = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["attention"]}  # as h3scale's recipes say it
 NAMES = (EAGER, GROUPED, PUBLISHED, DENSE)
 
 
@@ -161,22 +163,35 @@ def padded(loader: TypedLoader, batch: Any, device: torch.device, to_all: bool =
 
 
 def make(name: str, folder: Path, device: torch.device, trained: Sequence[str] = TRAINED) -> Peer:
-    """One of NAMES, or PADDED, at its start; in bf16 on a GPU."""
+    """One of NAMES, PADDED or PEFT, at its start; in bf16 on a GPU."""
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     if name == DENSE:
         fused = ModelFolder(folder / "model").config
         sizes = {name: fused[name] for name in SMALL} | {"intermediate_size": TOP_K * expert_size(fused)}
         return Peer(LlamaForCausalLM(dense_config(sizes)).train().to(device), partial(packed, device=device))
-    experts = "grouped_mm" if name in (GROUPED, PADDED) else "eager"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    experts = "grouped_mm" if name in (GROUPED, PADDED, PEFT) else "eager"
+    dtype = torch.bfloat16 if AS_ON_GPU else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype, experts_implementation=experts).train()
+    if name == PEFT:
+        return Peer(with_lora(model.to(device)), partial(padded, device=device), trained=(*trained, ".lora_"))
     if name != PUBLISHED:
         rows = padded if name == PADDED else packed
         return Peer(model.to(device), partial(rows, device=device), trained=trained)
     for layer in model.model.layers:
         layer.mlp = LoopedExperts(layer.mlp)
     return Peer(model.to(device, dtype), partial(padded, device=device, to_all=True), Gating(model), trained)
+
+
+def with_lora(model: Any) -> nn.Module:
+    """By peft, with its own defaults but for LORA, on the attention."""
+    from peft import LoraConfig, get_peft_model
+
+    from h3scale.model.lora import MODULES
+
+    names = [name for target in LORA["targets"] for name in MODULES[target]]
+    settings = {"r": LORA["rank"], "lora_alpha": LORA["alpha"], "lora_dropout": LORA["dropout"]}
+    return get_peft_model(model, LoraConfig(target_modules=names, **settings))  # type: ignore[no-any-return]
 
 
 def rank(folder: Path, steps: int, names: Sequence[str] = NAMES, trained: Sequence[str] = TRAINED) -> None:

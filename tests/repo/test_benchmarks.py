@@ -6,7 +6,10 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from h3scale.model.trainable import group_of
 
 ROOT = Path(__file__).parents[2]
 SUBJECTS = {"waste", "shares", "packed_tokens_per_s", "prepare", "prepare_at_scale", "planner", "memory", "resume"}
@@ -93,6 +98,8 @@ STEP_PEERS = {
     "transformers, grouped_mm experts",
     "transformers, grouped_mm experts, padded rows",
     "H3Fusion's scheme",
+    "h3scale, LoRA",
+    "transformers, grouped_mm experts, padded rows, LoRA by peft",
 }
 
 MEGABLOCKS = pytest.mark.megablocks
@@ -349,7 +356,12 @@ def test_a_run_that_ends_early_leaves_what_it_has_found(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_a_step_is_timed_beside_all_peers_from_the_same_loss_on_the_same_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+def test_a_step_is_timed_beside_all_peers_from_the_same_loss_on_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_on_gpu: bool
+) -> None:
+    """With a GPU's settings in bf16, one after the other."""
+    monkeypatch.setenv("BENCHMARK_AS_ON_GPU", str(int(as_on_gpu)))
     out = tmp_path / "step.json"
     done = benchmark("train_step.py", "--tiny", "--dirty", "--out", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -358,6 +370,61 @@ def test_a_step_is_timed_beside_all_peers_from_the_same_loss_on_the_same_tokens(
     assert all(row["tokens_per_s"] > 0 for row in rows.values())
     assert all(rows[name]["of_matmul"] > 0 for name in rows if name.startswith("h3scale"))
     assert rows["H3Fusion's scheme"]["padding"] > rows["transformers, grouped_mm experts"]["padding"]
+    assert {name for name, row in rows.items() if row["beside"] == "h3scale, LoRA"} == {
+        "transformers, grouped_mm experts, padded rows, LoRA by peft"
+    }
+
+
+def test_peft_trains_what_h3scale_trains_with_lora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peers, models = import_module("train_peers"), import_module("train_models")
+    models.write_fused(tmp_path / "model", models.TINY, 1, 0)
+    peer = peers.make(peers.PEFT, tmp_path, torch.device("cpu"))
+    trained = {name for name, parameter in peer.model.named_parameters() if parameter.requires_grad}
+    assert Counter(group_of(name.removeprefix("base_model.model.")) for name in trained) == {"experts": 2, "router": 1, "lora": 8}
+    assert len(peer.trained) == len(trained)
+
+
+class Answering:
+    """In place of ranks: the same loss, and exit where it is asked for."""
+
+    def __init__(self, ends: bool):
+        self.ends = ends
+
+    def ask(self, question: str) -> list[dict[str, float]]:
+        if self.ends:
+            raise RuntimeError("train_peers.py: a rank ended with exit 1")
+        return [{"lm": 8.0, "tokens": 100, "cpu_s": 1.0, "wall_s": 1.0}]
+
+    def __enter__(self) -> "Answering":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [("H3Fusion's scheme", None), ("h3scale, LoRA", "h3scale, LoRA: train_peers.py"), ("h3scale", "a rank ended")],
+)
+def test_where_steps_come_one_after_the_other_one_that_ends_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: str, error: str | None
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    speed = import_module("step_speed")
+    for name in ("write_records", "write_fused", "write_dense", "write_deepspeed"):
+        monkeypatch.setattr(speed, name, lambda *_, **__: None)
+    monkeypatch.setattr(speed, "AS_ON_GPU", True)
+    names = (*(speed.OURS, speed.DENSE, speed.OURS_LORA, speed.DEEPSPEED), *speed.OTHERS)
+    answering = {name: speed.Contender(partial(Answering, name == ends)) for name in names}
+    monkeypatch.setattr(speed, "_contenders", lambda *_: iter(answering.items()))
+    rows = []
+    with pytest.raises(RuntimeError, match=error) if error else nullcontext():
+        for row in speed.step(True, tmp_path):
+            rows.append(row)  # what comes before an error counts
+    if ends != "h3scale":
+        assert {row["what"] for row in rows} == STEP_PEERS
+        assert [row["what"] for row in rows if "not_run" in row] == [ends]
 
 
 @pytest.fixture
@@ -445,15 +512,60 @@ def test_results_hold_the_command_the_commit_and_no_path() -> None:
         assert result["versions"]["h3scale"] != "unknown", path.name
 
 
-def test_the_tables_of_experts_and_steps_are_what_their_results_say(tmp_path: Path) -> None:
-    """In a copy: `python benchmarks/tables.py` leaves the README as it is, and a figure that was typed in does not stay."""
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
     for folder in ("benchmarks", "h3scale"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    readme = tmp_path / "benchmarks" / "README.md"
+    return tmp_path
+
+
+def tables(folder: Path) -> str:
+    """What `python benchmarks/tables.py` says."""
+    command = [sys.executable, "benchmarks/tables.py"]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def test_the_tables_of_experts_and_steps_are_what_their_results_say(copy: Path) -> None:
+    """In a copy: `python benchmarks/tables.py` leaves the README as it is, and a figure that was typed in does not stay."""
+    readme = copy / "benchmarks" / "README.md"
     kept = readme.read_text()
-    table = kept.partition("<!-- layer -->")[2].partition("<!-- /layer -->")[0]
+    table = between(kept, "layer")
     readme.write_text(kept.replace(table, table.replace("**0.98**", "**0.50**")))
     assert readme.read_text() != kept
-    command = [sys.executable, "benchmarks/tables.py"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    tables(copy)
     assert readme.read_text() == kept
+
+
+def between(text: str, name: str) -> str:
+    return text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+
+
+def test_tables_of_a_gpu_are_written_where_its_results_are_there(copy: Path) -> None:
+    """As rows are on a GPU, with shares of the matrix product; those that are absent are named."""
+    results, readme = copy / "benchmarks" / "results", copy / "benchmarks" / "README.md"
+    for name in ("moe_layer_gpu.json", "train_step_gpu.json", "train_step.json"):
+        (results / name).unlink(missing_ok=True)
+    kept = readme.read_text()
+    said = tables(copy)
+    assert readme.read_text() == kept
+    assert "layer_gpu: no 'layer' in results/moe_layer_gpu.json, left as it is" in said
+    assert "step: no 'step' in results/train_step.json, left as it is" in said
+    sizes = [{"experts": 3, "tokens": 4096, "dtype": "bf16", "load": "balanced", "inner": inner} for inner in (11008, 14336)]
+    rows = [{"what": "h3scale in AutoEP", **size, "tflops": 640.0, "of_matmul": 0.81, "beside_dense": 1.1} for size in sizes]
+    rows.append({"what": "MegaBlocks dMoE, grouped", **sizes[0], "not_run": "CUDA error"})
+    write_subject(results / "moe_layer_gpu.json", "layer", rows)
+    step = {"what": "h3scale", "tokens_per_s": 17000.0, "padding": "", "h3scale_is_faster": 1.0, "mfu": 0.48, "of_matmul": 0.6}
+    write_subject(results / "train_step_gpu.json", "step", [step])
+    said = tables(copy)
+    assert "no 'layer'" not in said
+    assert "loads_gpu: no 'loads' in results/moe_layer_gpu.json" in said
+    text = readme.read_text()
+    assert "3 experts, 4,096 tokens, 11,008 wide" in between(text, "layer_gpu")
+    assert "| h3scale in AutoEP | **640 (81%)** | **640 (81%)** |" in between(text, "layer_gpu")
+    assert "| h3scale | 17,000 | 1.00 | 48% | 60% |" in between(text, "step_gpu")
+    assert between(text, "layer") == between(kept, "layer")
+
+
+def write_subject(path: Path, subject: str, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"subjects": {subject: {"rows": rows}}}))

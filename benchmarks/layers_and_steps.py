@@ -1,4 +1,4 @@
-"""What moe_layer.py and train_step.py share: their words, the machine with its device, and a clean tree behind every result."""
+"""What moe_layer.py, train_step.py and merging_kernels.py share: their words, the machine and its device, a clean tree."""
 
 import argparse
 import os

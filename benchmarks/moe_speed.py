@@ -82,8 +82,8 @@ def ceilings(tiny: bool, work: Path) -> list[Row]:
     rows = [matmul(dtype, tiny) for dtype in (torch.bfloat16, torch.float32)]
     source = torch.randn((64 if tiny else 2048) * 2**20 // 4 // (1 if device() == "cuda" else 8), device=device())
     target = torch.empty_like(source)
-    timing = _timed({"copy": lambda: target.copy_(source)}, 3 if tiny else 20)["copy"]
-    rows.append({"what": "copy, read and written", "gb_per_s": 2 * source.nbytes / timing.best(_clock()) / 1e9, **timing.figures()})
+    timing = timed({"copy": lambda: target.copy_(source)}, 3 if tiny else 20)["copy"]
+    rows.append({"what": "copy, read and written", "gb_per_s": 2 * source.nbytes / timing.best(clock()) / 1e9, **timing.figures()})
     return rows
 
 
@@ -92,8 +92,8 @@ def matmul(dtype: torch.dtype, tiny: bool) -> Row:
     """Measured once in a process: of it the layers' shares are."""
     size = 256 if tiny else 8192 if device() == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
-    timing = _timed({"matmul": lambda: a @ b}, 3 if tiny else 20)["matmul"]
-    tflops = 2 * size**3 / timing.best(_clock()) / 1e12
+    timing = timed({"matmul": lambda: a @ b}, 3 if tiny else 20)["matmul"]
+    tflops = 2 * size**3 / timing.best(clock()) / 1e12
     return {"what": f"matmul {size}^3, {_word(dtype)}", "tflops": tflops, **timing.figures()}
 
 
@@ -134,7 +134,7 @@ def _case(shape: Shape, tiny: bool) -> Iterator[Row]:
             contender.clear()
 
     works = {name: partial(_step, contender.forward, hidden_TH, grad_TH) for name, contender in contenders.items()}
-    timings = _timed(works, 2 if tiny else 7, clear, failed)
+    timings = timed(works, 2 if tiny else 7, clear, failed)
     yield from ({"what": name, **about, "not_run": reason} for name, reason in reasons.items())
     yield from _rows(shape, about, timings, matmul(shape.dtype, tiny)["tflops"])
 
@@ -142,7 +142,7 @@ def _case(shape: Shape, tiny: bool) -> Iterator[Row]:
 def _rows(shape: Shape, about: Row, timings: dict[str, Timing], ceiling_tflops: float) -> Iterator[Row]:
     """TFLOP/s of what a token passes through, whatever a peer computes besides."""
     flops = FLOPS_PER_WEIGHT * MATRICES * TOP_K * shape.tokens * shape.hidden * shape.inner
-    best = {name: timing.best(_clock()) for name, timing in timings.items()}
+    best = {name: timing.best(clock()) for name, timing in timings.items()}
     for name, timing in timings.items():
         tflops = flops / best[name] / 1e12
         figures = {
@@ -172,16 +172,20 @@ def check(
             raise AssertionError(f"{name}: {part} is off by {error:.2g}")
 
 
-def _timed(
+def timed(
     works: dict[str, Callable[[], Any]],
     rounds: int,
     before: Callable[[], Any] = lambda: None,
     failed: Callable[[str, Exception], Any] | None = None,
+    *,
+    gpu_rounds: int = 20,
+    warm: int | None = None,
 ) -> dict[str, Timing]:
-    """One round that does not count, then `rounds`. On a GPU a work has ended when the GPU has."""
+    """`warm` rounds that do not count, then `rounds`. On a GPU other numbers, and a work has ended when the GPU has."""
+    on_gpu = device() == "cuda"
     ended = {name: partial(_to_the_end, work) for name, work in works.items()}
-    warm = interleaved(ended, 3 if device() == "cuda" else 1, before, failed)
-    return interleaved({name: ended[name] for name in warm}, 20 if device() == "cuda" else rounds, before, failed)
+    going = interleaved(ended, (3 if on_gpu else 1) if warm is None else warm, before, failed)
+    return interleaved({name: ended[name] for name in going}, gpu_rounds if on_gpu else rounds, before, failed)
 
 
 def _to_the_end(work: Callable[[], Any]) -> None:
@@ -190,7 +194,7 @@ def _to_the_end(work: Callable[[], Any]) -> None:
         torch.cuda.synchronize()
 
 
-def _clock() -> str:
+def clock() -> str:
     return "wall_s" if torch.cuda.is_available() else "cpu_s"
 
 

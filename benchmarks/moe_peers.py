@@ -175,8 +175,9 @@ def _autoep(sizes: Sizes, weights: Weights, ours: bool) -> Contender:
     from deepspeed.moe.ep_experts import GroupedExperts
     from deepspeed.moe.ep_router import TokenChoiceTopKRouter
 
-    router = TokenChoiceTopKRouter(sizes.hidden, sizes.experts, None, None, TOP_K, "softmax", True, 1.0, False)
-    experts = GroupedExperts(sizes.hidden, sizes.inner, sizes.experts, use_grouped_mm=sizes.device != "cpu")
+    with torch.device(sizes.device):
+        router = TokenChoiceTopKRouter(sizes.hidden, sizes.experts, None, None, TOP_K, "softmax", True, 1.0, False)
+        experts = GroupedExperts(sizes.hidden, sizes.inner, sizes.experts, use_grouped_mm=sizes.device != "cpu")
     layer = nn.ModuleDict({"router": router, "experts": experts}).to(sizes.device, sizes.dtype)
     if ours:
         in_autoep(layer, "auto")

@@ -136,9 +136,12 @@ def write_dense(folder: Path, sizes: Row, dtype: torch.dtype) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        LlamaForCausalLM(config).save_pretrained(folder)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # random values of billions take a CPU a minute
+            LlamaForCausalLM(config).save_pretrained(folder)
     finally:
         torch.set_default_dtype(before)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # those that are timed need it
     assert ModelFolder(folder).config["max_position_embeddings"] == LENGTH
 
 

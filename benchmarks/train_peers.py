@@ -134,9 +134,15 @@ class LoopedExperts(nn.Module):
 class LoopedExpert(nn.Module):
     def __init__(self, *weights: Tensor):
         super().__init__()
-        self.w1, self.w3, self.w2 = (nn.Linear(*reversed(weight.shape), bias=False) for weight in weights)
-        for linear, weight in zip((self.w1, self.w3, self.w2), weights, strict=True):
-            linear.weight.data.copy_(weight)
+        self.w1, self.w3, self.w2 = (self._linear(weight) for weight in weights)
+
+    @staticmethod
+    def _linear(weight: Tensor) -> nn.Linear:
+        """Without random values first, which take a CPU minutes at a GPU's sizes."""
+        like: Any = {"device": weight.device, "dtype": weight.dtype}
+        linear: Any = nn.utils.skip_init(nn.Linear, *reversed(weight.shape), bias=False, **like)
+        linear.weight.data.copy_(weight)
+        return linear  # type: ignore[no-any-return]
 
     def forward(self, hidden_TH: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(hidden_TH)) * self.w3(hidden_TH))  # type: ignore[no-any-return]

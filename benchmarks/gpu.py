@@ -103,6 +103,7 @@ def _run(name: str, part: Part, words: argparse.Namespace, left_s: float) -> Row
     out = words.out.resolve()
     command = [sys.executable, *part.words]
     if part.result:
+        (out / part.result).unlink(missing_ok=True)  # of a run before
         command += ["--out", str(out / part.result), *(["--tiny"] if words.tiny else []), *(["--dirty"] if words.dirty else [])]
         command += ["--dirty"] if words.tiny and not words.dirty else []
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

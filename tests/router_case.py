@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from h3scale.config.recipe import RouterLoss
-from h3scale.data.collate import PADDING, RESPONSE
-from h3scale.train.loss import votes_of
+from h3scale.data.collate import PADDING, RESPONSE, Batch
+from h3scale.model.expert_compute.in_transformers import use_experts
+from h3scale.model.experts import ExpertMap
+from h3scale.model.router import membership_AE
+from h3scale.train.loss import Counts, compute_losses, votes_of
 from h3scale.train.router_terms import Routed, RouterTerms
 
 Terms = Callable[..., RouterTerms]
@@ -67,24 +71,65 @@ class RouterCase:
         return function(logits_LTE, Routed(self.labels_T, votes_T, self.member_AE, self.recipe, self.top_k, self.shares_LE))
 
 
+class Counting(TorchDispatchMode):
+    """Operations of torch within that are no views and no allocations: each is a kernel at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view and not str(function).startswith(ALLOCATES):
+            self.found[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
 def count_operations(case: RouterCase, function: Terms) -> Counter[str]:
-    """Operations of torch in a step that are no views and no allocations: each is a kernel at least.
+    """Those of a step's router terms.
 
-    Not counted is what autograd adds where the logits of a layer are used by its experts as well.
+    Not counted is what autograd adds where the logits of a layer are used by its experts as well; MicroBatch counts that too.
     """
-
-    class Counting(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.found: Counter[str] = Counter()
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if not function.is_view and not str(function).startswith(ALLOCATES):
-                self.found[str(function)] += 1
-            return function(*args, **(kwargs or {}))
-
     leaves = [logits_TE.clone().requires_grad_() for logits_TE in case.logits_LTE]
     lm, outer = torch.zeros((), device=case.logits_LTE.device), torch.ones((), device=case.logits_LTE.device)
     with Counting() as counting:
         case.step(function, leaves, lm, outer)
     return counting.found
+
+
+class MicroBatch:
+    """A tiny mixture and a micro-batch of two rows, through transformers' forward, train.loss and backward."""
+
+    def __init__(self, family: str, num_layers: int, dtype: torch.dtype, device: str = "cpu"):
+        experts = ("helpful", "harmless", None)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 24, "head_dim": 8, "vocab_size": 40}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, num_hidden_layers=num_layers, num_local_experts=len(experts), **sizes)
+        self.module = AutoModelForCausalLM.from_config(config).to(dtype).to(device)  # `module`: as a DeepSpeed engine has it
+        use_experts(self.module, "auto")
+        self.member_AE = membership_AE(ExpertMap(("helpful", "harmless"), experts), device)
+        ids_BS = torch.arange(2 * 12, device=device).view(2, 12)
+        labels_BS = (ids_BS % 12 // 4) - 1
+        roles_BS = torch.where(labels_BS < 0, PADDING, RESPONSE).to(torch.int8)
+        self.batch = Batch(ids_BS, ids_BS % 4, ids_BS + 1, (labels_BS >= 0).float(), labels_BS, roles_BS, labels_BS)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def step(self, has_router: bool) -> dict[str, Tensor]:
+        """With the router's terms or without; the sums of both."""
+        member_AE, recipe = self.member_AE if has_router else None, RouterLoss(loss_weight=0.1, z_weight=1e-3)
+        losses = compute_losses(self, self.batch, Counts(16.0, 16), recipe, ["helpful", "harmless"], member_AE, 1)
+        losses.total.backward()
+        return losses.sums
+
+    def added_operations(self) -> Counter[str]:
+        """What the router's terms add to a step of the whole model."""
+        found = []
+        for has_router in (True, False):
+            self.step(has_router)  # gradients are there from now on, and hooks of transformers
+            with Counting() as counting:
+                self.step(has_router)
+            found.append(counting.found)
+        found[0].subtract(found[1])
+        return Counter({name: count for name, count in found[0].items() if count})

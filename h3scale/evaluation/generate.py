@@ -18,6 +18,7 @@ from h3scale.errors import DataError
 from h3scale.log import progress
 from h3scale.model.experts import ExpertMap
 from h3scale.model.router import alignment_log_probs, membership_AE
+from h3scale.model.router_logits import with_router_logits
 
 BATCH_PROMPTS = 32
 
@@ -157,7 +158,7 @@ def trace(model: Any, tokenizer: Any, answer: Answer) -> Answer:
     device = next(model.parameters()).device
     ids_BS = torch.tensor([[*answer.prompt_ids, *answer.new_ids[:-1]]], device=device)
     with torch.inference_mode():
-        router_logits = model(input_ids=ids_BS, use_cache=False, output_router_logits=True).router_logits
+        router_logits = with_router_logits(model, model, input_ids=ids_BS, use_cache=False).router_logits
     first = len(answer.prompt_ids) - 1
     logits_LTE = torch.stack([logits_TE[first:].float().cpu() for logits_TE in router_logits])
     votes_TA = alignment_log_probs(logits_LTE, membership_AE(expert_map)).sum(0)

@@ -22,6 +22,7 @@ from h3scale.data.records import Record
 from h3scale.data.store import Tokens
 from h3scale.errors import DataError
 from h3scale.log import progress
+from h3scale.model.router_logits import with_router_logits
 
 RESAMPLES = 2000
 SEED = 0
@@ -130,8 +131,8 @@ def sum_nll(
 
 def _add_batch(model: Any, batch: Batch, nll_sums: Tensor, observe: Observer | None) -> None:
     device = next(model.parameters()).device
-    routed = {"output_router_logits": True} if observe else {}
-    output = model(input_ids=batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False, **routed)
+    inputs = {"input_ids": batch.input_ids.to(device), "position_ids": batch.position_ids.to(device), "use_cache": False}
+    output = with_router_logits(model, model, **inputs) if observe else model(**inputs)
     asked_BS = batch.targets != IGNORE
     logits_TV = output.logits[asked_BS.to(device)].float()
     nll_T = F.cross_entropy(logits_TV, batch.targets[asked_BS].to(device), reduction="none")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from h3scale.config.recipe import RouterLoss
 from h3scale.data.collate import IGNORE, PADDING, PROMPT, RESPONSE, Batch
+from h3scale.model.router_logits import with_router_logits
 from h3scale.train.balance import Balance
 from h3scale.train.router_terms import Routed, router_terms
 from h3scale.train.token_nll import token_nll
@@ -51,9 +52,7 @@ def compute_losses(
 ) -> Losses:
     """LM and router losses of one micro-batch. `parts`: ranks x micro-batches of a step, which DeepSpeed averages over."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    if member_AE is not None:
-        inputs["output_router_logits"] = True
-    output = engine(**inputs)
+    output = engine(**inputs) if member_AE is None else with_router_logits(engine, engine.module, **inputs)
     lm, sums = _lm(output.logits, batch, alignments)
     total = lm / counts.targets
     if member_AE is not None:

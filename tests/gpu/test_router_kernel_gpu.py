@@ -3,13 +3,16 @@
 python -m pytest -m gpu tests/gpu/test_router_kernel_gpu.py
 """
 
+import warnings
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from h3scale.config.recipe import RouterLoss
+from h3scale.model.expert_compute.grouped import HOPPER
 from h3scale.train.router_terms import has_triton, plain_terms
-from tests.router_case import RouterCase
+from tests.router_case import MicroBatch, RouterCase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,3 +55,26 @@ def test_a_step_is_eight_kernels_at_most() -> None:
     kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     print(*(f"{event.device_time:8.1f} us  {event.name}" for event in kernels), sep="\n")
     assert 0 < len(kernels) <= 8
+
+
+def waits(num_layers: int, has_router: bool) -> int:
+    """How often the CPU waits for the GPU in a micro-batch of a whole model."""
+    micro_batch = MicroBatch("mixtral", num_layers, torch.bfloat16, device="cuda")
+    micro_batch.step(has_router)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            micro_batch.step(has_router)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing CUDA operation" in str(one.message) for one in told)
+
+
+def test_a_whole_micro_batch_waits_no_more_for_its_router_nor_for_more_layers() -> None:
+    """transformers waits on its own, once a forward, to see whether rows are packed."""
+    plain, routed = waits(2, has_router=False), waits(2, has_router=True)
+    assert routed == plain
+    if torch.cuda.get_device_capability() >= HOPPER:  # elsewhere experts are a loop, which waits for its counts
+        assert waits(8, has_router=True) == routed

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from h3scale.config.recipe import RouterLoss
 from h3scale.train.router_terms import RouterTerms
-from tests.router_case import RouterCase, count_operations
+from tests.router_case import MicroBatch, RouterCase, count_operations
 
 pytestmark = pytest.mark.megablocks
 
@@ -85,23 +85,46 @@ def test_the_kernel_compiles_to_machine_code_of_gpus(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 9
 
 
-def test_losses_and_statistics_are_eight_kernels_with_their_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From who votes to the gradient of each layer's logits."""
+class Launched:
+    """Stands where the kernel does, whose own work the interpreter does with many operations."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, _grid: object) -> Any:
+        return self
+
+    def __call__(self, *_args: object, **_options: object) -> None:
+        self.count += 1
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     from h3scale.train import router_kernel
 
-    class Launched:
-        """Stands where the kernel does, whose own work the interpreter does with many operations."""
+    kernel = Launched()
+    monkeypatch.setattr(router_kernel, "_kernel", kernel)
+    return kernel
 
-        count = 0
 
-        def __getitem__(self, _grid: object) -> Any:
-            return self
+def test_losses_and_statistics_are_eight_kernels_with_their_backward(launched: Launched) -> None:
+    """From who votes to the gradient of each layer's logits."""
+    from h3scale.train.router_kernel import fused_terms
 
-        def __call__(self, *_args: object, **_options: object) -> None:
-            type(self).count += 1
-
-    monkeypatch.setattr(router_kernel, "_kernel", Launched())
     case = RouterCase(32, 64, [0, 1, 2], 1, torch.bfloat16, RouterLoss(loss_weight=0.1, z_weight=1e-3))
-    operations = count_operations(case, router_kernel.fused_terms)
-    assert Launched.count == 1
+    operations = count_operations(case, fused_terms)
+    assert launched.count == 1
     assert 0 < operations.total() + 1 <= 8, operations
+
+
+@pytest.mark.parametrize("num_layers", [2, 8])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_whole_micro_batch_has_these_eight_more_and_autograds_sum_of_gradients_in_each_layer(
+    family: str, num_layers: int, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from h3scale.train import router_kernel, router_terms
+
+    monkeypatch.setattr(router_terms, "plain_terms", router_kernel.fused_terms)  # as on a GPU
+    added = MicroBatch(family, num_layers, torch.bfloat16).added_operations()
+    assert launched.count == 2
+    assert 0 < added.total() + 1 <= 8 + num_layers, added

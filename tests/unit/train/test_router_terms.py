@@ -2,12 +2,14 @@
 
 from collections import Counter
 
+import pytest
 import torch
 
 from h3scale.model.experts import ExpertMap
 from h3scale.model.router import membership_AE
 from h3scale.train.metrics import expert_load
 from h3scale.train.router_terms import routing_sums
+from tests.router_case import MicroBatch
 
 MAP = ExpertMap(("helpful", "harmless"), ("helpful", "harmless", None, "harmless"))
 TOP_K = 2
@@ -52,3 +54,10 @@ def test_load_is_one_when_even_and_the_number_of_experts_when_one_takes_all() ->
         "load_max_over_mean": 2.0,
         "load_max_over_mean_worst_layer": 3.0,
     }
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_layer_more_is_one_operation_more_autograds_sum_of_its_logits_gradients(family: str) -> None:
+    few, many = (MicroBatch(family, num_layers, torch.float32).added_operations() for num_layers in (2, 8))
+    print(few, many - few)
+    assert many.total() - few.total() <= 8 - 2, many - few

@@ -3,9 +3,13 @@
 Shape suffixes: R rows, E experts, K and N any two widths.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from h3scale.errors import ConfigError
 
 ALIGNED_BYTES = 16  # of every row, or torch refuses
 HOPPER = (9, 0)
@@ -24,13 +28,21 @@ class Grouped:
         return F.grouped_mm(left_RN.mT, right_RK, offs=groups)
 
 
-def is_aligned(weight_ENK: Tensor) -> bool:
-    """Whether torch takes such widths at all."""
-    return all(width * weight_ENK.element_size() % ALIGNED_BYTES == 0 for width in weight_ENK.shape[1:])
+def check_aligned(hidden: int, inner: int, dtype: torch.dtype) -> None:
+    """ConfigError (78) for widths that torch does not take at all."""
+    if not _is_aligned((hidden, inner), dtype):
+        raise ConfigError(
+            f"experts: grouped_mm needs widths in multiples of {ALIGNED_BYTES} bytes, and hidden and intermediate size are "
+            f"{hidden} and {inner} (works: loop, auto)"
+        )
+
+
+def _is_aligned(widths: Sequence[int], dtype: torch.dtype) -> bool:
+    return all(width * dtype.itemsize % ALIGNED_BYTES == 0 for width in widths)
 
 
 def is_real(weight_ENK: Tensor) -> bool:
     """Whether torch has a kernel of its own for such weights here; it has a loop where not, or refuses."""
     if not weight_ENK.is_cuda or weight_ENK.dtype != torch.bfloat16:
         return False
-    return is_aligned(weight_ENK) and torch.cuda.get_device_capability(weight_ENK.device) >= HOPPER
+    return _is_aligned(weight_ENK.shape[1:], weight_ENK.dtype) and torch.cuda.get_device_capability(weight_ENK.device) >= HOPPER

@@ -62,18 +62,25 @@ def _take_first_configs() -> None:
         kernel.configs = kernel.configs[:1]
 
 
-def _sparse(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None) -> Tensor:
-    from megablocks import ops
-    from megablocks.layers.glu import SparseGLU
-
-    experts, hidden, inner = w2_EHI.shape
+def check_sparse(hidden: int, inner: int, dtype: torch.dtype, on_gpu: bool) -> None:
+    """ConfigError (78) for what the block-sparse kernels do not take, or would compute wrong."""
     if hidden % BLOCK or inner % BLOCK:
         raise ConfigError(
             f"experts: megablocks works in blocks of {BLOCK}, and hidden and intermediate size are {hidden} and {inner} "
             "(works: megablocks_grouped, auto)"
         )
-    if _interpreted() and rows_RH.dtype == torch.bfloat16:  # it multiplies the bits of bf16 as integers
+    if _interpreted() and dtype == torch.bfloat16:  # it multiplies the bits of bf16 as integers
         raise ConfigError("experts: megablocks in bf16 needs a GPU: Triton's interpreter has no products of bf16 (works: fp32)")
+    if on_gpu and not _interpreted() and dtype == torch.float32:
+        raise ConfigError("experts: megablocks multiplies fp32 in tf32 on a GPU, too roughly (works: megablocks_grouped, auto)")
+
+
+def _sparse(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None) -> Tensor:
+    from megablocks import ops
+    from megablocks.layers.glu import SparseGLU
+
+    experts, hidden, inner = w2_EHI.shape
+    check_sparse(hidden, inner, rows_RH.dtype, rows_RH.is_cuda)
     counts_E = counts_E.int()
     total = int(counts_E.sum())
     if not total:

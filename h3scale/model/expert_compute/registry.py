@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from h3scale.errors import ConfigError
-from h3scale.model.expert_compute.grouped import ALIGNED_BYTES, Grouped, is_aligned, is_real
+from h3scale.model.expert_compute.grouped import Grouped, check_aligned, is_real
 from h3scale.model.expert_compute.loop import loop
 from h3scale.model.expert_compute.swiglu import swiglu
 
@@ -23,12 +24,7 @@ def _auto(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Ten
 
 
 def _grouped(rows_RH: Tensor, counts_E: Tensor, w1: Tensor, w2_EHI: Tensor, w3: Tensor | None) -> Tensor:
-    if not is_aligned(w2_EHI):
-        hidden, inner = w2_EHI.shape[1:]
-        raise ConfigError(
-            f"experts: grouped_mm needs widths in multiples of {ALIGNED_BYTES} bytes, and hidden and intermediate size are "
-            f"{hidden} and {inner} (works: loop, auto)"
-        )
+    check_aligned(w2_EHI.shape[1], w2_EHI.shape[2], rows_RH.dtype)
     return swiglu(GROUPED, rows_RH, counts_E, w1, w2_EHI, w3)
 
 
@@ -53,3 +49,13 @@ def choose(name: str, where: str = "experts") -> Backend:
     if name not in _BACKENDS:
         raise ConfigError(f"{where}: {name} (works: {', '.join(NAMES)})")
     return _BACKENDS[name]()
+
+
+def check_fits(name: str, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    """ConfigError (78) for sizes of experts, or a dtype, that the backend would refuse on this machine."""
+    if name == "grouped_mm":
+        check_aligned(hidden, inner, dtype)
+    if name == "megablocks":
+        from h3scale.model.expert_compute.megablocks import check_sparse
+
+        check_sparse(hidden, inner, dtype, torch.cuda.is_available())

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from h3scale.config.recipe import ExpertCompute
 from h3scale.errors import ConfigError
-from h3scale.model.expert_compute import NAMES, choose
+from h3scale.model.expert_compute import NAMES, check_fits, choose
 from h3scale.model.expert_compute.in_transformers import use_experts
 from tests.expert_case import CHOICES, Case
 
@@ -199,3 +199,52 @@ def test_experts_of_another_kind_are_left_to_transformers_unless_a_backend_is_as
     assert model.config._experts_implementation == before
     with pytest.raises(ConfigError, match=r"experts: loop computes SwiGLU, and the model's hidden_act is 'gelu' \(works: auto\)"):
         use_experts(model, "loop")
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("is_transposed", True), ("has_bias", True), ("is_concatenated", False), ("has_gate", False), ("has_post_expert_norm", True)],
+)
+def test_experts_that_lie_otherwise_are_left_to_transformers_unless_a_backend_is_asked_for(word: str, value: bool) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"])
+    before = model.config._experts_implementation
+    for layer in model.model.layers:
+        setattr(layer.mlp.experts, word, value)
+    use_experts(model, "auto")
+    assert model.config._experts_implementation == before
+    with pytest.raises(ConfigError, match=rf"computes SwiGLU, and MixtralExperts has {word}={value} \(works: auto\)"):
+        use_experts(model, "loop")
+
+
+def test_gpt_oss_goes_on_as_transformers_computes_it() -> None:
+    config = GptOssConfig(**SIZES, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(12)[None]
+    wanted = model(input_ids=ids).logits
+    use_experts(model, "auto")
+    assert torch.equal(model(input_ids=ids).logits, wanted)
+    with pytest.raises(ConfigError, match=r"GptOssExperts has a gate of its own \(works: auto\)"):
+        use_experts(model, "loop")
+
+
+def test_experts_outside_of_transformers_registry_are_left_alone() -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"])
+    for layer in model.model.layers:
+        layer.mlp.experts = torch.nn.Identity()
+    use_experts(model, "auto")
+    with pytest.raises(ConfigError, match="MixtralForCausalLM has experts that are not in transformers' registry"):
+        use_experts(model, "loop")
+
+
+def test_what_a_backend_would_refuse_is_told_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MixtralConfig(**SIZES, intermediate_size=22, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(ConfigError, match=r"grouped_mm needs widths .* 16 and 22 \(works: loop, auto\)"):
+        use_experts(AutoModelForCausalLM.from_config(config), "grouped_mm")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_fits("megablocks", 128, 256, torch.bfloat16)
+    check_fits("megablocks_grouped", 128, 256, torch.float32)
+    with pytest.raises(ConfigError, match=r"multiplies fp32 in tf32 on a GPU, too roughly \(works: megablocks_grouped, auto\)"):
+        check_fits("megablocks", 128, 256, torch.float32)
+    with pytest.raises(ConfigError, match=r"blocks of 128, .* 64 and 256"):
+        check_fits("megablocks", 64, 256, torch.bfloat16)

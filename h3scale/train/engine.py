@@ -23,7 +23,7 @@ from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, ran
 from h3scale.model.trainable import freeze, group_of, what_is_trained, whole_shape
 from h3scale.train.anchor import expert_gammas
 from h3scale.train.balance import check_balance
-from h3scale.train.expert_compute import use_experts
+from h3scale.train.expert_compute import check_backend, use_experts
 from h3scale.train.load import computes_in, empty_model, fill, freed_memory_returned, rounding
 
 
@@ -69,6 +69,7 @@ def start(recipe: TrainRecipe, where: str) -> Run:
     if expert_map:
         expert_gammas(recipe.drift, expert_map)  # its findings before anything is started
         check_balance(recipe.router, expert_map)
+        check_backend(recipe.experts, ModelFolder(recipe.model or "").config, computes_in(ds_config))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(seconds=recipe.collective_timeout_s)

@@ -3,13 +3,23 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from h3scale.errors import ConfigError
-from h3scale.model.expert_compute import choose
+from h3scale.model.expert_compute import check_fits, choose
+from h3scale.model.families import MOE_FAMILIES
 
 MATRICES = ("w1", "w2", "w3")
 ARGUMENTS = ["self", "x", "num_tokens_per_expert"]
+
+
+def check_backend(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """ConfigError (78) for a backend that cannot be had here, or would refuse the experts of a config.json computed in `dtype`."""
+    choose(name)
+    hidden, inner = config.get("hidden_size"), config.get(MOE_FAMILIES[config["model_type"]].expert_size_key)
+    if hidden and inner:  # else the family's defaults, which transformers knows
+        check_fits(name, hidden, inner, dtype)
 
 
 def use_experts(model: nn.Module, name: str) -> None:

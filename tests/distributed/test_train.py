@@ -127,6 +127,15 @@ def test_two_and_five_alignments_train_and_the_released_weights_give_the_engines
     assert done.stdout.strip() == str(list(experts))
 
 
+def test_what_the_recipe_names_computes_the_experts_on_every_rank(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    words = [str(world / "recipe.yaml"), f"out={tmp_path / 'run'}", "ep_size=2", "steps=1", "experts=grouped_mm"]
+    assert run_ranks(rank_command("tests.distributed.note_experts", words), 2) == 0
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [["grouped_mm"]] * 2
+
+
 def test_a_large_gamma_pins_the_experts(world: Path, tmp_path: Path) -> None:
     free = run_train(world, tmp_path / "free", "ep_size=2", "drift.gammas={}", "drift.gamma=1e-12", "steps=20")
     pinned = run_train(world, tmp_path / "pinned", "ep_size=2", "drift.gammas={}", "drift.gamma=1e4", "steps=20")

@@ -12,6 +12,7 @@ from h3scale.cli.generate import generate
 from h3scale.cli.report import report
 from h3scale.data.records import write_records
 from h3scale.errors import DataError, H3Error, MissingInputError, OutputError, UsageError
+from h3scale.model.expert_compute import registry
 
 from .conftest import THREE, make_dense, make_records, save, save_models
 from .fake import fake_out
@@ -113,6 +114,28 @@ def test_generate_shows_answer_and_experts(place):
     assert dense.strip()
     with pytest.raises(UsageError, match="is empty"):
         run(generate, place / "base", " ")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The names of the backends that computed experts."""
+    names = []
+
+    def noted(name, make):
+        return lambda: lambda *arguments: (names.append(name), make()(*arguments))[1]
+
+    backends = {name: noted(name, make) for name, make in registry._BACKENDS.items()}
+    monkeypatch.setattr(registry, "_BACKENDS", backends)
+    return names
+
+
+@pytest.mark.parametrize("experts", ["loop", "grouped_mm"])
+def test_what_experts_says_computes_them(place, tmp_path, computed, experts):
+    run(evaluate, place / "fused", "--records", place / "heldout.jsonl", "--out", tmp_path / "fused.json", "--experts", experts)
+    assert set(computed) == {experts}
+    computed.clear()
+    run(generate, place / "fused", "cat dog moon", "--max-new-tokens", 2, "--experts", experts)
+    assert set(computed) == {experts}
 
 
 def test_report_writes_a_page_from_results_alone(tmp_path):

@@ -5,12 +5,15 @@ make test-megablocks
 
 import importlib
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -44,6 +47,37 @@ def test_block_sparse_experts_give_what_float64_gives(kind: str) -> None:
 @pytest.mark.parametrize("kind", CHOICES)
 def test_grouped_experts_give_what_float64_gives(kind: str, dtype: torch.dtype) -> None:
     Case(CHOICES[kind], **SIZES, dtype=dtype).check(choose("megablocks_grouped"), stacked=kind == "skewed")
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    experts=st.integers(1, 5),
+    tokens=st.integers(1, 40),
+    choices=st.integers(1, 5),
+    taken=st.integers(1, 5),  # of the experts, by any token
+    blocks=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    name=st.sampled_from(BOTH),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    stacked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_routing_and_any_blocks_give_what_float64_gives(
+    experts: int,
+    tokens: int,
+    choices: int,
+    taken: int,
+    blocks: tuple[int, int],
+    name: str,
+    dtype: torch.dtype,
+    stacked: bool,
+    seed: int,
+) -> None:
+    draw = random.Random(seed)
+    some = draw.sample(range(experts), min(taken, experts))
+    chosen = [draw.sample(some, min(choices, len(some))) for _ in range(tokens)]
+    if name == "megablocks":  # the interpreter has no products of bf16
+        dtype = torch.float32
+    Case(chosen, experts, 128 * blocks[0], 128 * blocks[1], dtype, seed=seed).check_rounding(choose(name), stacked)
 
 
 def in_autoep(backend: Backend, weights: list[torch.Tensor], rows: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:

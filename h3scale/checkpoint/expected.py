@@ -10,6 +10,7 @@ from h3scale.errors import DataError
 from h3scale.model import names
 from h3scale.model.families import num_experts
 
+_MEGABLOCKS = ".experts.mlp."  # of its modules, whatever they are a part of
 _LISTED = 20  # findings of one kind that are written out; the rest is counted
 
 
@@ -62,8 +63,17 @@ def stored_as(name: str, moe_type: str | None) -> tuple[str, int | None]:
     return origin.tensor, origin.expert
 
 
-def differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str | Path) -> list[str]:
-    """A finding for each tensor that is missing, unknown or of another shape."""
+def differences(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str | Path, model_type: str = ""
+) -> list[str]:
+    """A finding for each tensor that is missing, unknown or of another shape; one for all where the experts of a `model_type`
+    are MegaBlocks' and no config of transformers knows them, as in llm-foundry's MPT."""
+    foreign = [name for name in found if _MEGABLOCKS in name]
+    if model_type and foreign and not any(_MEGABLOCKS in name for name in expected):
+        return [
+            f"{where}: {foreign[0]} and {len(foreign) - 1} more are MegaBlocks' experts, which model_type '{model_type}' does not "
+            f"have in transformers (works: {', '.join(names.MOE)}, with dMoE layers in the place of their own)"
+        ]
     shared = found.keys() & expected.keys()
     other = [name for name in expected if name in shared and found[name] != expected[name]]
     return [

@@ -151,7 +151,7 @@ def _with_model(found: Inspection, weights: Weights, folder: Path | None) -> Ins
     try:
         wanted = stored_shapes(expected_shapes(config, folder), found.model_type, found.layout, found.num_experts or 0)
         there = {name: spec.shape for name, spec in weights.specs.items()}
-        found.findings += differences(there | _aliases(weights, wanted), wanted, found.path)
+        found.findings += differences(there | _aliases(weights, wanted), wanted, found.path, found.model_type or "")
     except H3Error as error:
         found.findings += error.findings
     return found

@@ -109,7 +109,7 @@ def checked(path: Path, folder: Path, config: dict[str, Any], weights: Weights, 
     wanted = stored_shapes(shapes, config.get("model_type"), layout, model.num_experts)
     found = {name: spec.shape for name, spec in weights.specs.items()}
     found |= {alias: found[name] for alias, name in weights.aliases.items() if alias in wanted and name in found}
-    findings = differences(found, wanted, weights.folder)
+    findings = differences(found, wanted, weights.folder, config.get("model_type", ""))
     if findings:
         raise DataError(findings)
     return model

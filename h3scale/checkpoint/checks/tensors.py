@@ -37,7 +37,7 @@ def check_names(subject: Subject, report: Report) -> Iterator[Finding]:
     found |= {alias: found[name] for alias, name in subject.weights.aliases.items() if alias in wanted and name in found}
     if HEAD not in wanted and found.get(HEAD) == wanted.get(EMBEDDINGS):
         found.pop(HEAD, None)  # tied, and stored as well: check_values compares the two
-    yield from map(error, differences(found, wanted, subject.path))
+    yield from map(error, differences(found, wanted, subject.path, subject.model_type))
 
 
 def check_dtype(subject: Subject) -> Iterator[Finding]:

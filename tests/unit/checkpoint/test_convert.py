@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from h3scale.checkpoint import layouts as layouts_module
 from h3scale.checkpoint.convert import convert
+from h3scale.checkpoint.inspect import inspect
 from h3scale.checkpoint.receipt import RECEIPT, check_receipt
 from h3scale.checkpoint.shards import ModelFolder, read_json, write_json
+from h3scale.checkpoint.verify import examine
 from h3scale.errors import DataError, UsageError
 from h3scale.model.experts import ExpertMap
 from h3scale.model.families import FAMILIES, MOE_FAMILIES, dense_config, moe_config
@@ -226,6 +228,33 @@ def test_what_cannot_be_asked_for_is_said(tmp_path, options, text):
     with pytest.raises(UsageError, match=text):
         convert(save_layout(tmp_path / "m", tiny_moe(), "hub"), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_megablocks_experts_of_another_family_are_one_line_and_dbrx_has_them_of_its_own(tmp_path):
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32, "vocab_size": 40}
+    mpt = AutoConfig.for_model("mpt", **sizes)
+    foreign = {n: v.clone() for n, v in AutoModelForCausalLM.from_config(mpt).state_dict().items() if "_proj" not in n}
+    for layer in range(2):  # as llm-foundry saves them
+        block = f"transformer.blocks.{layer}.ffn."
+        foreign |= {f"{block}experts.mlp.{name}": torch.zeros(4 * 32, 16) for name in ("w1", "v1", "w2")}
+        foreign[f"{block}router.layer.weight"] = torch.zeros(4, 16)
+    (tmp_path / "mpt").mkdir()
+    save_file(foreign, tmp_path / "mpt" / "model.safetensors", metadata={"format": "pt"})
+    mpt.save_pretrained(tmp_path / "mpt")
+    line = r"experts\.mlp\.\w+ and 5 more are MegaBlocks' experts, which model_type 'mpt' .*\(works: mixtral, qwen3_moe,"
+    with pytest.raises(DataError, match=line) as caught:
+        convert(tmp_path / "mpt", tmp_path / "out", to="hub")
+    assert len(caught.value.findings) == 1
+    assert [
+        error for error in examine(tmp_path / "mpt").errors if "MegaBlocks" in error or "missing" in error
+    ] == caught.value.findings
+    assert [said for said in inspect(tmp_path / "mpt").findings if "experts" in said] == caught.value.findings
+
+    ffn = {"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1}
+    dbrx = AutoConfig.for_model("dbrx", **sizes, attn_config={"kv_n_heads": 1, "rope_theta": 1e4}, ffn_config=ffn)
+    AutoModelForCausalLM.from_config(dbrx).save_pretrained(tmp_path / "dbrx")
+    assert any(name.endswith("experts.mlp.w1") for name in ModelFolder(tmp_path / "dbrx").files)
+    convert(tmp_path / "dbrx", tmp_path / "out", to="hub")
 
 
 def test_a_dense_model_has_one_layout(tmp_path):

@@ -33,7 +33,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, size // resou
 def test_memory_of_a_step_is_used_again_after_the_start() -> None:
     said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     taken, pages = (int(number) for number in said.split())
-    assert taken < 5 * pages, "the system gives the same memory anew, every time"
+    assert taken < 10 * pages, "the system gives the same memory anew, every time"
 
 
 def test_frozen_weights_that_bf16_cannot_hold_are_a_warning(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from h3scale.merge.resm import ranks_of, traits_of
 
 ROUNDS = 3
 FAST = 10
-LARGER = (
+LARGER = ((2048, 2048), (2048, 8192))  # of Llama-3.2-1B; larger ones take the published path minutes each
     (2048, 2048),
     (2048, 7168),
     (4096, 14336),

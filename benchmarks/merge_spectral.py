@@ -16,10 +16,6 @@ from h3scale.merge.resm import ranks_of, traits_of
 ROUNDS = 3
 FAST = 10
 LARGER = ((2048, 2048), (2048, 8192))  # of Llama-3.2-1B; larger ones take the published path minutes each
-    (2048, 2048),
-    (2048, 7168),
-    (4096, 14336),
-)  # matrices of models from 1 to 8 B; the published path takes minutes for the last
 NUM_MODELS, RANK = 3, 8
 POWERS = (-0.5, -1.0, -2.0)  # of dense deltas' singular values, by their number
 SIZES_OF_CHANGE = (0.02, 0.005)  # of LoRA's factors: 6% and 0.4% of the weights that they are stored in

@@ -47,6 +47,8 @@ def run_ranks(command: list[str], ranks: int) -> int:
         while _running_fine(processes):
             time.sleep(0.05)
         first = next((process.returncode for process in processes if process.returncode), 0)
+        if first == os.EX_TEMPFAIL:  # saved, as the others are about to: they end by themselves
+            _wait(processes)
     finally:
         _end(processes)
         for number, handler in before.items():
@@ -77,10 +79,15 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + GRACE_S
+    _wait(processes)
     for process in processes:
-        try:
-            process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, for GRACE_S at most."""
+    deadline = time.monotonic() + GRACE_S
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)

@@ -38,7 +38,7 @@ def test_a_killed_rank_is_a_lost_peer() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_ranks_have_time_to_save_after_a_signal_and_say_how_it_went(tmp_path: Path, number: int) -> None:
-    save = f"signal.signal({number}, lambda *_: (time.sleep(1), open(r'{tmp_path}/saved' + str(rank), 'w'), os._exit(75)))"
+    save = f"signal.signal({number}, lambda *_: (time.sleep(1 + rank), open(r'{tmp_path}/saved' + str(rank), 'w'), os._exit(75)))"
     inner = f"import signal; {save}; open(r'{tmp_path}/pid' + str(rank), 'w').write(str(os.getpid())); time.sleep(60)"
     launcher = started_launcher(inner, tmp_path)
     launcher.send_signal(number)

@@ -52,7 +52,7 @@ megablocks: setup
 
 test-megablocks:
 	$(MAKE) megablocks VENV=.venv-megablocks
-	$(CPU) TRITON_INTERPRET=1 .venv-megablocks/bin/python -m pytest -m megablocks tests/megablocks tests/repo/test_benchmarks.py
+	$(CPU) TRITON_INTERPRET=1 .venv-megablocks/bin/python -m pytest -m megablocks tests/megablocks tests/repo/test_benchmark_layers.py
 
 # In an environment of its own: h3scale has no need of the thirty packages that it brings.
 lm-eval:

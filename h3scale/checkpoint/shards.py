@@ -272,9 +272,15 @@ def write_json(path: Path, value: Any, hide: bool = True) -> None:
 
     `hide`: not for a model's own files, where every string counts (a variable BOS_TOKEN is no secret).
     """
+    text = json.dumps(without_secrets(value) if hide else value, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file by atomic rename, not torn by a power cut."""
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(without_secrets(value) if hide else value, indent=2, ensure_ascii=False) + "\n")
+    with partial.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

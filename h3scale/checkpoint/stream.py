@@ -130,10 +130,9 @@ class Writer:
             done = [pool.submit(self._run, task) for task in tasks]
             try:
                 hashed = {task.name: future.result() for task, future in zip(tasks, done, strict=True)}
-            except BaseException:
-                self.stopped = True  # a tensor may be large: who waits for Ctrl-C does not wait for it
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+            finally:
+                self.stopped = not all(future.done() for future in done)  # Ctrl-C need not wait for a large tensor
+                pool.shutdown(cancel_futures=True)
         return {spec.name: hashed[spec.name] for spec, _, _ in places} if self.hashing else {}
 
     def _tasks(self, output: Output, at: int, target: int) -> Iterator["_Task"]:

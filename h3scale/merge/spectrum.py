@@ -112,7 +112,7 @@ def orthogonal_together(parts: list[Triplets], values_K: Tensor | None = None, l
 
 
 def product(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Delta:
-    """left right^T in fp32, of columns side by side; as factors when those are smaller. The longer side is never put together."""
+    """left right^T in fp32, of columns side by side; as factors when those are smaller. The longer side is never put together in fp64."""
     rows, columns, rank = lefts[0].shape[0], rights[0].shape[0], sum(right.shape[1] for right in rights)
     if rank * (rows + columns) < rows * columns:
         return LowRank(_joined(lefts), _joined(rights).T)
@@ -184,7 +184,10 @@ def power_of(gram_KK: Tensor, power: float) -> tuple[Tensor, float]:
 
 
 def _gram_of_columns(parts: Sequence[Tensor], is_whole: bool = False) -> Tensor:
-    """U^T U in fp64, of columns side by side. Those of a part are orthonormal: their products are computed if `is_whole`."""
+    """U^T U in fp64, of columns side by side, on and below the diagonal, which is what eigh reads.
+
+    Those of a part are orthonormal: their products are computed if `is_whole`.
+    """
     stops = list(accumulate(part.shape[1] for part in parts))
     places = [slice(stop - part.shape[1], stop) for part, stop in zip(parts, stops, strict=True)]
     total_KK = torch.zeros(stops[-1], stops[-1], dtype=torch.float64, device=parts[0].device)
@@ -196,7 +199,7 @@ def _gram_of_columns(parts: Sequence[Tensor], is_whole: bool = False) -> Tensor:
             total_KK[other, one].addmm_(other_RK.T, one_RK)
         for place, part_RK in zip(places, chunk, strict=True) if is_whole else ():
             total_KK[place, place].addmm_(part_RK.T, part_RK)
-    return mirrored(total_KK)
+    return total_KK
 
 
 def add_gram(total_SS: Tensor, part_SC: Tensor) -> None:

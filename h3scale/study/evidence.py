@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from h3scale import __version__
-from h3scale.checkpoint.shards import ModelFolder, read_json
+from h3scale.checkpoint.shards import ModelFolder, read_json, write_whole
 from h3scale.config.strict import Strict
 from h3scale.config.study import StudyRecipe
 from h3scale.errors import ConfigError, DataError, MissingInputError
@@ -129,9 +129,7 @@ def gather_seed(recipe: StudyRecipe, plan: Plan, ledger: Ledger, seed: int) -> E
         "pairs": (read_json(ledger.out / f"seed-{seed}/explain/explain.json")["whole"] or {}).get("pairs"),
     }
     path = ledger.out / f"seed-{seed}{SUFFIX}"
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_bytes(gzip.compress(json.dumps(without_secrets(evidence), ensure_ascii=False).encode(), mtime=0))
-    partial.replace(path)
+    write_whole(path, gzip.compress(json.dumps(without_secrets(evidence), ensure_ascii=False).encode(), mtime=0))
     return read_seed(path)
 
 

@@ -112,7 +112,7 @@ def orthogonal_together(parts: list[Triplets], values_K: Tensor | None = None, l
 
 
 def product(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Delta:
-    """left right^T in fp32, of columns side by side; as factors when those are smaller. The longer side is never put together in fp64."""
+    """left right^T in fp32, of columns side by side; as factors when those are smaller. Long sides are not put together in fp64."""
     rows, columns, rank = lefts[0].shape[0], rights[0].shape[0], sum(right.shape[1] for right in rights)
     if rank * (rows + columns) < rows * columns:
         return LowRank(_joined(lefts), _joined(rights).T)

@@ -18,6 +18,7 @@ from torch import Tensor
 from h3scale.errors import ConfigError
 
 MOST = 46_338  # rows: LAPACK counts its room, some more than a square, in 32 bits
+_FEW = 32  # rows, for which three calls take longer than torch's one
 _SPAN = 64  # columns that LAPACK's blocked steps are given room for
 
 
@@ -33,9 +34,20 @@ def eigh(matrix_SS: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     count = size if count is None else min(count, size)
     if size > MOST and matrix_SS.device.type == "cpu":
         raise ConfigError(f"a matrix with {size:,} rows to be decomposed (works: {MOST:,} at most, or another method)")
-    if matrix_SS.device.type != "cpu" or not count:
-        values_S, vectors_SS = torch.linalg.eigh(matrix_SS)
-        return values_S, vectors_SS[:, size - count :]
+    is_plain = matrix_SS.device.type != "cpu" or not count or size <= _FEW
+    values_S, vectors_SK = _plain(matrix_SS, count) if is_plain else _by_steps(matrix_SS, count)
+    if not values_S.isfinite().all():
+        raise torch.linalg.LinAlgError("eigenvalues that are not finite")
+    return values_S, vectors_SK
+
+
+def _plain(matrix_SS: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values_S, vectors_SS = torch.linalg.eigh(matrix_SS)
+    return values_S, vectors_SS[:, len(matrix_SS) - count :]
+
+
+def _by_steps(matrix_SS: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    size = len(matrix_SS)
     values_S, off_S, scales_S = matrix_SS.new_empty(3, size).unbind()
     room = matrix_SS.new_empty(_SPAN * size)
     _call("dsytrd", b"U", size, matrix_SS, size, values_S, off_S, scales_S, room, len(room))
@@ -43,8 +55,6 @@ def eigh(matrix_SS: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     vectors_KS = vectors_SS[size - count :]  # what are columns to LAPACK are rows here
     room = matrix_SS.new_empty(_SPAN * (count + _SPAN))
     _call("dormtr", b"L", b"U", b"N", size, count, matrix_SS, size, scales_S, vectors_KS, size, room, len(room))
-    if not values_S.isfinite().all():
-        raise torch.linalg.LinAlgError("eigenvalues that are not finite")
     return values_S, vectors_KS.T
 
 

@@ -62,15 +62,18 @@ def traits_of(delta: Delta, options: Resm) -> Traits:
     mean = total / count
     threshold = mean + options.outlier_kappa * math.sqrt(max(squares / count - mean * mean, 0.0))
     below = max(0.0, float(np.nextafter(np.float32(options.sparsity_threshold * most), np.float32(-1))))
-    outside, num_dense, room_X = 0.0, 0, None
+    outside, num_dense = 0.0, 0
     for sizes_X in magnitudes(delta):
-        room_X = torch.empty_like(sizes_X) if room_X is None else room_X  # of the first block, which is the largest
-        counted_X = torch.gt(
-            sizes_X, below, out=room_X[: len(sizes_X)]
-        )  # as numbers: truth values take five times as long to count
-        num_dense += int(counted_X.sum())
+        num_dense += _count_above(sizes_X, below)
         outside += float(torch.threshold_(sizes_X, threshold, 0.0).sum())
     return Traits(threshold, outside / total if total else 0.0, num_dense)
+
+
+def _count_above(values_X: Tensor, limit: float) -> int:
+    """How many values are larger: numpy compares and counts in a third of torch's time, but not on a GPU."""
+    if values_X.device.type == "cpu":
+        return int(np.count_nonzero(values_X.numpy() > limit))
+    return int(torch.count_nonzero(values_X > limit))
 
 
 def ranks_of(traits: Sequence[Traits], rank: int, numel: int, options: Resm) -> list[int]:

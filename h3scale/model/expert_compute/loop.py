@@ -46,7 +46,7 @@ class _Loop(torch.autograd.Function):
         needs_rows, _, needs_w2, *needs_ups = ctx.needs_input_grad
         rows_RH, w2_EHI, *rest = ctx.saved_tensors
         ups, kept = rest[: len(needs_ups)], rest[len(needs_ups) :]
-        grad_rows = torch.zeros_like(rows_RH) if needs_rows else None
+        grad_rows = torch.empty_like(rows_RH) if needs_rows else None
         grad_w2 = w2_EHI.new_empty(w2_EHI.shape) if needs_w2 else None
         grad_ups = [up.new_empty(up.shape) if need else None for up, need in zip(ups, needs_ups, strict=True)]
         for expert, mine in enumerate(ctx.groups):
@@ -60,6 +60,8 @@ class _Loop(torch.autograd.Function):
                 torch.mm(grads[0], ups[0][expert], out=grad_rows[mine])
                 for grad, up in zip(grads[1:], ups[1:], strict=True):
                     grad_rows[mine].add_(grad @ up[expert])
+        if grad_rows is not None:
+            grad_rows[ctx.groups[-1].stop :].zero_()
         return grad_rows, None, grad_w2, *grad_ups
 
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 What = Annotated[
     list[str],
     typer.Argument(
-        metavar="RECIPE | SEED_FILE...",
-        help="A recipe (YAML), such as recipes/study/builtin.yaml; or files seed-N.json.gz of studies that ran elsewhere.",
+        metavar="RECIPE | SEED...",
+        help="A recipe (YAML), such as recipes/study/builtin.yaml; or files seed-N.json.gz of studies that ran elsewhere, or their "
+        "folders.",
         show_default=False,
     ),
 ]
@@ -36,7 +37,7 @@ def study(
     machines, give them in the place of the recipe.
 
     Example: h3scale study recipes/study/builtin.yaml --quick --out study-quick
-    Example: h3scale study study-a/seed-0.json.gz study-b/seed-1.json.gz --out study-3h
+    Example: h3scale study study-a study-b/seed-1.json.gz --out study-3h
     """
     from rich.console import Console
 
@@ -44,6 +45,7 @@ def study(
     from h3scale.study.run import claimed
 
     console = Console(highlight=False)
+    what = [file for word in what for file in _seeds_in(word)]
     if all(word.endswith(".json.gz") for word in what):
         if quick or dry_run or data or seed:
             raise UsageError("study: --quick, --dry-run, --data and --seed are for a recipe, and seed files have run")
@@ -58,6 +60,18 @@ def study(
     if len(what) > 1:
         raise UsageError("study: one recipe, or files seed-N.json.gz alone")
     _run(what[0], out, console, quick, dry_run, force, data, seed)
+
+
+def _seeds_in(word: str) -> list[str]:
+    """What stands for a word: the seeds of a folder, else itself."""
+    from h3scale.errors import MissingInputError
+
+    if not Path(word).is_dir():
+        return [word]
+    found = sorted(str(path) for path in Path(word).glob("seed-*.json.gz"))
+    if not found:
+        raise MissingInputError(f"{word}: a folder without seed-N.json.gz (works: a recipe, or what a study has left)")
+    return found
 
 
 def _run(

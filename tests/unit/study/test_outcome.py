@@ -113,6 +113,17 @@ def test_seeds_of_several_machines_give_what_one_study_gives(study: Path, tmp_pa
     assert json.loads((out / "results.json").read_text())["seeds"] == SEEDS[:1]
 
 
+def test_a_folder_stands_for_its_seeds_and_is_refused_without_any(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "together"
+    done = CliRunner().invoke(app, ["study", str(study), "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert (out / "results.json").read_text() == (study / "results.json").read_text()
+    done = CliRunner().invoke(app, ["study", str(tmp_path), "--out", str(tmp_path / "none")])
+    assert isinstance(done.exception, MissingInputError)
+    assert str(done.exception).startswith(f"{tmp_path}: a folder without seed-N.json.gz")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("words", [["a/seed-0.json.gz", "--quick"], ["a/seed-0.json.gz", "recipe.yaml"], ["one.yaml", "two.yaml"]])
 def test_a_recipe_and_seeds_files_do_not_mix(words: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["study", *words, "--out", str(tmp_path / "out")])

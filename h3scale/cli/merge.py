@@ -46,6 +46,10 @@ def merge(
     records_per_alignment: Annotated[
         int | None, typer.Option("--records-per-alignment", min=1, help="Of these records the first so many of each alignment.")
     ] = None,
+    exclude_source: Annotated[
+        list[str] | None,
+        typer.Option("--exclude-source", help="Without records whose `source` has this text in it; again for more."),
+    ] = None,
     budget: Annotated[int, typer.Option("--budget", min=3, help="Merges that --search may evaluate.")] = 12,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the models, print what would be done, write nothing.")] = False,
@@ -64,6 +68,8 @@ def merge(
     values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if not values and recipe is None:
         raise UsageError("merge: no models (works: MODEL MODEL --base BASE --method NAME --out DIR, or --recipe FILE)")
+    if exclude_source and search is None:
+        raise UsageError("merge: --exclude-source is for the records of --search (works: --search DIR --records validation.jsonl)")
     _check_together(explain is not None, search is not None, bool(records), dry_run)
     overrides = [word for word in words or [] if is_override(word)]
     fallback = {"method": "task_arithmetic", "out": ""} if explain else {}
@@ -72,7 +78,7 @@ def merge(
     max_shard_bytes = parse_size(max_shard_size)
     # torch is imported from here on: a mistake is answered at once.
     from h3scale.checkpoint.shards import check_output
-    from h3scale.cli.merge_choices import explain_into, search_into
+    from h3scale.cli.merge_choices import explain_into, search_into, validation_records
     from h3scale.fusion.device import check_device, out_of_memory_told
     from h3scale.fusion.merge import How, plan_merge
     from h3scale.fusion.merge import merge as carry_out
@@ -90,7 +96,8 @@ def merge(
         if search is not None:
             check_output(checked.out, force)
             plan = plan_merge(checked, options, device)
-            choice = search_into(search, plan, records or [], records_per_alignment, budget, how, force)
+            seen = validation_records(records or [], exclude_source or [], records_per_alignment)
+            choice = search_into(search, plan, seen, budget, how, force)
             options, searched = choice.options, choice.summary()
         done = carry_out(checked, options, force, how, _show, searched)
     told = f"{done.num_bytes / 1e6:.1f} MB, {done.duration_s:.1f} s"

@@ -8,7 +8,7 @@ from typing import Any
 
 from h3scale.checkpoint.journal import resumed_folder
 from h3scale.checkpoint.shards import new_folder, read_json, write_json
-from h3scale.data.records import Record
+from h3scale.data.records import Record, without_sources
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError
 from h3scale.evaluation.merge_plots import draw_conflicts, draw_search
@@ -30,22 +30,24 @@ def explain_into(folder: Path, plan: MergePlan, force: bool) -> None:
     print(f"explained: {folder}/explain.png, {folder}/explain.json")
 
 
-def search_into(
-    folder: Path, plan: MergePlan, records: Sequence[Path], per_alignment: int | None, budget: int, how: How, force: bool
-) -> Choice:
-    """Writes search.json and search.png, or reads what the same search has left there; gives what was best.
-
-    `per_alignment`: the first so many records of each.
-    """
+def search_into(folder: Path, plan: MergePlan, records: Sequence[Record], budget: int, how: How, force: bool) -> Choice:
+    """Writes search.json and search.png, or reads what the same search has left there; gives what was best."""
     axes_for(plan)  # its findings come before the work
-    used = _first_of_each(read_records(records), per_alignment)
-    key = search_key(plan, used, budget)
-    result = _found(folder, key) or _searched(folder, key, plan, used, budget, how, force)
+    key = search_key(plan, records, budget)
+    result = _found(folder, key) or _searched(folder, key, plan, records, budget, how, force)
     print(_best(plan, result))
     for other, difference in result["paired"].items():
         print(f"less that of {other}: {difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})")
     print(f"searched: {folder}/search.png, {folder}/search.json")
     return chosen(plan, result)
+
+
+def validation_records(files: Sequence[Path], excluded: Sequence[str], per_alignment: int | None) -> list[Record]:
+    """What a search sees: of each alignment the first so many records that are of no excluded source. DataError (65) for none."""
+    records = without_sources(read_records(files), excluded)
+    if not records:
+        raise DataError(f"--records: every record is of a source that --exclude-source names: {', '.join(excluded)}")
+    return _first_of_each(records, per_alignment)
 
 
 def _found(folder: Path, key: str) -> dict[str, Any] | None:

@@ -70,6 +70,11 @@ def split_by_instruction(records: Sequence[Record], heldout_share: float, seed: 
     return train, heldout
 
 
+def without_sources(records: Sequence[Record], texts: Sequence[str]) -> list[Record]:
+    """Those whose `source` has none of these texts in it, small or capital."""
+    return [record for record in records if not any(text.lower() in record.source.lower() for text in texts)]
+
+
 def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object of one line, which still has its line end if the file has one there. Raises BadRow."""
     try:

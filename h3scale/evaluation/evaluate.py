@@ -105,7 +105,7 @@ def _generated(
 
 
 def _record_entry(item: RecordScore) -> dict[str, Any]:
-    return {"id": item.id, "alignment": item.alignment, "nll": item.nll_sum, "tokens": item.tokens}
+    return {"id": item.id, "alignment": item.alignment, "nll": item.nll_sum, "tokens": item.tokens, "group": item.group}
 
 
 def _sample_entry(sample: Sample) -> dict[str, Any]:

@@ -6,11 +6,13 @@ code; MC2 by log-sum-exp, where the original's sums of probabilities vanish for 
 Shape suffixes: A answers, G groups of items with the same prompt.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from h3scale.data.items import Item
 from h3scale.evaluation.score import Interval, bootstrap
@@ -74,15 +76,13 @@ def preference(item: Item, sums_A: Sequence[float], tokens_A: Sequence[int]) -> 
 def summarise_items(task: str, items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A score for each metric and alignment of a task's items: mean, low, high, items, groups.
 
-    Items with the same prompt are drawn together, for they are not independent. Where all agree, resampling cannot tell how
-    many would not: the interval is then the exact binomial one of the groups (Clopper and Pearson 1934).
+    Items with the same prompt are drawn together, for they are not independent. NLL has bootstrapped intervals. Shares have
+    Wilson's: near 0 and 1, where resamples hardly differ, bootstrapped ones of 284 items hold the truth in 91 of 100 cases.
     """
     found = []
     for metric, alignment in _kinds(items):
         sums_G, weights_G = _by_group(items, metric, alignment)
-        interval = bootstrap(sums_G, weights_G)
-        if HIGHER_IS_BETTER[metric] and interval.mean in (0.0, 1.0):
-            interval = _exact(interval.mean, len(sums_G))
+        interval = share_interval(sums_G, weights_G) if HIGHER_IS_BETTER[metric] else bootstrap(sums_G, weights_G)
         count = sum(item["alignment"] == alignment for item in items)
         found.append(
             {"task": task, "metric": metric, "alignment": alignment, **asdict(interval), "items": count, "groups": len(sums_G)}
@@ -128,6 +128,20 @@ def _by_group(items: Sequence[Mapping[str, Any]], metric: str, alignment: str | 
     return np.array(list(sums.values())), np.array(list(weights.values()), np.float64)
 
 
-def _exact(mean: float, groups: int) -> Interval:
-    bound = 0.025 ** (1 / groups)
-    return Interval(mean, bound, 1.0) if mean else Interval(mean, 0.0, 1 - bound)
+def share_interval(sums_G: np.ndarray, weights_G: np.ndarray) -> Interval:
+    """sum(sums) / sum(weights), within 0 and 1, with a 95% interval: Wilson's (1927), of as many independent items as would vary as
+    the groups do, by Student's quantile. Where all agree the exact binomial one of the groups (Clopper and Pearson 1934).
+    """
+    mean, groups = float(sums_G.sum() / weights_G.sum()), len(sums_G)
+    if mean in (0.0, 1.0):
+        bound = 0.025 ** (1 / groups)
+        return Interval(mean, bound, 1.0) if mean else Interval(mean, 0.0, 1 - bound)
+    if groups == 1:
+        return Interval(mean, 0.0, 1.0)
+    variance = groups / (groups - 1) * float(((sums_G - mean * weights_G) ** 2).sum()) / float(weights_G.sum()) ** 2
+    if variance == 0:
+        return Interval(mean, mean, mean)
+    z, count = float(stdtrit(groups - 1, 0.975)), mean * (1 - mean) / variance
+    middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(variance + (z / (2 * count)) ** 2) / (1 + z * z / count)
+    return Interval(mean, middle - half, middle + half)

@@ -27,7 +27,8 @@ from h3scale.evaluation.report_tables import (
 SAMPLES_SHOWN = 3  # an alignment
 NLL = (
     "NLL: sum over an alignment's records divided by its response tokens, end token included. Intervals: 2,000 bootstrap "
-    "resamples of records, percentiles, wider for few records; differences resample both models together."
+    "resamples of records, those of one prompt together, percentiles, wider for few records; differences resample both "
+    "models together."
 )
 PLACED = (
     "A record is placed right when the alignment with the highest sum of the routers' log-probabilities, over all layers "

@@ -86,7 +86,7 @@ def forest(findings: Findings) -> str:
         )
         rows.append(
             f'<div class="pair"><div>{shown_name(name)}</div><div class="track">{track}</div>'
-            f"<div>{mean:+.3f} {verdict}<small>{left:+.3f} to {right:+.3f}</small></div></div>"
+            f"<div>{mean:+.4f} {verdict}<small>{left:+.4f} to {right:+.4f}</small></div></div>"
         )
     return (
         f'<div class="card"><h3>{shown_name(findings.main).capitalize()} minus each other model, record by record</h3>'

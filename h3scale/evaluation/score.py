@@ -36,13 +36,14 @@ Route = Callable[[Tensor], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class RecordScore:
-    """`nll_sum` nats over `tokens` response tokens of one record."""
+    """`nll_sum` nats over `tokens` response tokens of one record. Records with the same prompt have the same `group`."""
 
     id: str
     alignment: str
     nll_sum: float
     tokens: int
     source: str = ""
+    group: int | None = None
 
 
 @dataclass
@@ -143,13 +144,14 @@ def _add_batch(model: Any, batch: Batch, nll_sums: Tensor, observe: Observer | N
 
 def _collect(encoded: Sequence[Encoded], nll_sums: Tensor, limit: int) -> Scores:
     scores = Scores([], [])
-    cut = 0
+    cut, groups = 0, dict[object, int]()
     for index, (item, nll_sum) in enumerate(zip(encoded, nll_sums.tolist(), strict=True)):
         cut += len(item.tokens) > limit
         tokens = item.num_response_tokens_within(limit)
         if tokens:
             record = item.record
-            scores.records.append(RecordScore(record.id, record.alignment, nll_sum, tokens, record.source))
+            group = groups.setdefault((record.history, record.prompt), len(groups))
+            scores.records.append(RecordScore(record.id, record.alignment, nll_sum, tokens, record.source, group))
             scores.kept.append(index)
     left_out = len(encoded) - len(scores.kept)
     if cut:
@@ -171,20 +173,19 @@ def summarise(scores: Sequence[RecordScore]) -> dict[str, dict[str, float | int]
     """For each alignment nll (nats per response token), low, high, records, tokens."""
     table: dict[str, dict[str, float | int]] = {}
     for alignment, group in by_alignment(scores).items():
-        tokens = np.array([item.tokens for item in group], np.float64)
-        interval = bootstrap(np.array([item.nll_sum for item in group]), tokens)
+        interval = bootstrap(*_by_prompt(group, [item.nll_sum for item in group]))
         table[alignment] = {
             "nll": interval.mean,
             "low": interval.low,
             "high": interval.high,
             "records": len(group),
-            "tokens": int(tokens.sum()),
+            "tokens": sum(item.tokens for item in group),
         }
     return table
 
 
 def bootstrap(sums_N: np.ndarray, tokens_N: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """sum(sums) / sum(tokens) with a 95% interval; records are resampled, not tokens.
+    """sum(sums) / sum(tokens) with a 95% interval; records (or those of a prompt together) are resampled, not tokens.
 
     Percentiles of the resamples, further out the fewer records there are, as Student's quantile is further out than the normal
     one: plain ones are too narrow (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"). For 30 skewed records the
@@ -202,14 +203,25 @@ def paired_difference(a: Sequence[RecordScore], b: Sequence[RecordScore], resamp
     if [(item.id, item.tokens) for item in a] != [(item.id, item.tokens) for item in b]:
         raise DataError("paired difference: the two models were not scored on the same records and tokens")
     groups_a, groups_b = by_alignment(a), by_alignment(b)
-    means, ratios = [], []
+    means, ratios, counts = [], [], []
     for number, (alignment, group) in enumerate(groups_a.items()):
-        tokens_N = np.array([item.tokens for item in group], np.float64)
         pairs = zip(group, groups_b[alignment], strict=True)
-        sums_N = np.array([one.nll_sum - other.nll_sum for one, other in pairs])
+        sums_N, tokens_N = _by_prompt(group, [one.nll_sum - other.nll_sum for one, other in pairs])
         means.append(sums_N.sum() / tokens_N.sum())
         ratios.append(_resampled_ratios(sums_N, tokens_N, resamples, seed + number))
-    return _interval(np.mean(means), np.mean(ratios, axis=0), min(map(len, groups_a.values()), default=0))
+        counts.append(len(sums_N))
+    return _interval(np.mean(means), np.mean(ratios, axis=0), min(counts, default=0))
+
+
+def _by_prompt(scores: Sequence[RecordScore], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of one value a record and of tokens, of the records that are drawn together."""
+    sums: dict[object, list[float]] = {}
+    for place, (item, value) in enumerate(zip(scores, values, strict=True)):
+        entry = sums.setdefault(("alone", place) if item.group is None else item.group, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += item.tokens
+    both = np.array(list(sums.values()), np.float64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
 
 
 def _resampled_ratios(sums_N: np.ndarray, tokens_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 from h3scale.config.suite import Suite, Task, find_suite
 from h3scale.data.encode import Encoded, encode_records
 from h3scale.data.items import Item, drawn, read_items
-from h3scale.data.records import Record, Turn, split_by_instruction
+from h3scale.data.records import Record, Turn, split_by_instruction, without_sources
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError, H3Error, MissingInputError
 from h3scale.evaluation.answers import Asked, encode_items, log_probs
@@ -148,7 +148,7 @@ def _read(path: Path, task: Task, seed: int) -> list[Item] | list[Record]:
         records = split_by_instruction(records, task.heldout_share, seed)[1]
     if not records:
         raise DataError(f"{path}: no record is held out at share {task.heldout_share} and seed {seed}")
-    records = [record for record in records if not any(text.lower() in record.source.lower() for text in task.exclude_source)]
+    records = without_sources(records, task.exclude_source)
     if not records:
         raise DataError(f"{path}: every record is of a source that exclude_source names: {', '.join(task.exclude_source)}")
     return drawn(records, [record.id for record in records], task.limit, seed)

@@ -111,7 +111,10 @@ def _paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     from h3scale.evaluation.score import RecordScore, paired_difference
 
     first, second = (
-        [RecordScore(item["id"], item["alignment"], item["nll"], item["tokens"]) for item in evaluation["records"]]
+        [
+            RecordScore(item["id"], item["alignment"], item["nll"], item["tokens"], group=item.get("group"))
+            for item in evaluation["records"]
+        ]
         for evaluation in (a, b)
     )
     interval = paired_difference(first, second)

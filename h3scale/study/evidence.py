@@ -118,7 +118,7 @@ def gather_seed(recipe: StudyRecipe, plan: Plan, ledger: Ledger, seed: int) -> E
     evidence = {
         "format": 1,
         "version": __version__,
-        "code": sorted({entry.code for entry in ledger.entries() if entry.done and entry.code}),
+        "code": _code(plan, ledger, seed),
         "recipe": _without_folders(recipe.model_dump()) | {"data": None, "suite_data": None, "seeds": [seed]},
         "made_from": _made_from(plan),
         "seed": seed,
@@ -170,6 +170,14 @@ def _made_from(plan: Plan) -> dict[str, str]:
     files = {f"{task.kind}: {file.name}": file for task in plan.tasks for file in task.files}
     hashes = {name: hashlib.sha256(recipe_text(recipe).encode()).hexdigest() for name, recipe in recipes.items()}
     return dict(sorted((hashes | {name: file_hash(file) for name, file in files.items()}).items()))
+
+
+def _code(plan: Plan, ledger: Ledger, seed: int) -> list[str]:
+    """Which states of the source have run the tasks of a seed, and those that all seeds share."""
+    entries = [
+        ledger.entry(task) for task in plan.tasks if task.name.startswith(f"seed-{seed}/") or not task.name.startswith("seed-")
+    ]
+    return sorted({entry.code for entry in entries if entry is not None and entry.code})
 
 
 def _without_folders(value: Any) -> Any:

@@ -27,7 +27,7 @@ _BESIDE = (".run-{}", ".partial-{}", ".partial-{}.journal", ".partial-{}-*", ".t
 class Entry:
     """A task that was started. `took_s`: how long it took if it ended, or until it was stopped; none where nobody lived to say.
 
-    `code`: which h3scale ran it.
+    `code`: which h3scale began it, the last time.
     """
 
     key: str
@@ -79,7 +79,7 @@ class Ledger:
         is_same = entry is not None and entry.key == key
         for made in task.makes[1:] if is_same else task.makes:
             remove(self.out / made, with_leftovers=not is_same)
-        self._write(task, Entry(key, task.kind, task.work))
+        self._write(task, Entry(key, task.kind, task.work, code=versions()["h3scale"]))
 
     def spent_s(self, task: Task, key: str) -> float | None:
         """What has gone into it that is to be gone on with; none where that is not known."""
@@ -88,7 +88,9 @@ class Ledger:
 
     def end(self, task: Task, key: str, took_s: float | None, done: bool = True) -> None:
         """Notes that it is done, or stopped."""
-        self._write(task, Entry(key, task.kind, task.work, done, took_s, versions()["h3scale"]))
+        entry = self.entry(task)
+        code = entry.code if entry is not None and entry.key == key else versions()["h3scale"]
+        self._write(task, Entry(key, task.kind, task.work, done, took_s, code))
 
     def _write(self, task: Task, entry: Entry) -> None:
         self.folder.mkdir(exist_ok=True)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from h3scale.config.study import StudyRecipe
-from h3scale.evaluation.measures import HIGHER_IS_BETTER, summarise_items
+from h3scale.evaluation.measures import HIGHER_IS_BETTER, Difference, differences
+from h3scale.study.answer_scores import AnswerScores, answer_scores
 from h3scale.study.conflict import conflicts
 from h3scale.study.evidence import Evidence
 from h3scale.study.scores import Number, Resampler, gains, over_seeds, verdict
@@ -22,7 +23,8 @@ def assemble(seeds: Sequence[Evidence]) -> dict[str, Any]:
     found: Results = {evidence.seed: evidence.results() for evidence in seeds}
     resampler = Resampler(found[first.seed]["base"], recipe.alignments)
     nll = {name: np.stack([resampler.nll(each[name]) for each in found.values()]) for name in first.models}
-    compared = _Compared(recipe, resampler, nll)
+    answers = {name: answer_scores([each[name] for each in found.values()]) for name in first.models}
+    compared = _Compared(recipe, resampler, nll, answers)
     models = {}
     for name, model in first.models.items():
         costs = [evidence.models[name].cost for evidence in seeds]
@@ -34,7 +36,7 @@ def assemble(seeds: Sequence[Evidence]) -> dict[str, Any]:
             "make_s": _mean([cost.make_s for cost in costs]),
             "same_tokens": model.cost.tokens == first.models[recipe.main].cost.tokens,
             **compared.of(name),
-            "scores": other_scores([each[name] for each in found.values()]),
+            "scores": answers[name].scores,
         }
     return {
         "version": first.version,
@@ -54,8 +56,10 @@ def assemble(seeds: Sequence[Evidence]) -> dict[str, Any]:
 class _Compared:
     """The models' numbers. Over several seeds the NLL is averaged first, so that a gain is not one of a lucky base."""
 
-    def __init__(self, recipe: StudyRecipe, resampler: Resampler, nll: Mapping[str, np.ndarray]):
-        self.recipe, self.resampler, self.nll = recipe, resampler, nll
+    def __init__(
+        self, recipe: StudyRecipe, resampler: Resampler, nll: Mapping[str, np.ndarray], answers: Mapping[str, AnswerScores]
+    ):
+        self.recipe, self.resampler, self.nll, self.answers = recipe, resampler, nll, answers
         self.mean = {name: each.mean(axis=0) for name, each in nll.items()}
 
     def of(self, name: str) -> dict[str, Any]:
@@ -81,21 +85,42 @@ class _Compared:
         }
 
     def pair(self, one: str, other: str) -> dict[str, Any]:
-        """One model less another on the same resamples and, over the seeds, from the same base: mean NLL and balance."""
-        differences = (self.nll[one] - self.nll[other]).mean(axis=1)  # seeds, R
-        items, seeds = self.resampler.number(differences.mean(axis=0)), over_seeds(differences[:, 0].tolist())
+        """One model less another on the same resamples and, over the seeds, from the same base: mean NLL, balance, other scores."""
+        apart = (self.nll[one] - self.nll[other]).mean(axis=1)  # seeds, R
+        items, seeds = self.resampler.number(apart.mean(axis=0)), over_seeds(apart[:, 0].tolist())
         balance = self.resampler.least_less(self._gains(self.mean, one), self._gains(self.mean, other))
         balances = [self._balance(one, at) - self._balance(other, at) for at in range(len(self.recipe.seeds))]
         balance_seeds = over_seeds(balances) if np.isfinite(balances).all() else Number(None)
         return {
             "mean_nll": asdict(items),
             "over_seeds": asdict(seeds),
-            "by_seed": dict(zip(map(str, self.recipe.seeds), differences[:, 0].tolist(), strict=True)),
-            "verdict": verdict(items, seeds),
+            "by_seed": dict(zip(map(str, self.recipe.seeds), apart[:, 0].tolist(), strict=True)),
+            "verdict": verdict(items, self._if_several(seeds)),
             "balance": asdict(balance),
             "balance_over_seeds": asdict(balance_seeds),
-            "balance_verdict": verdict(balance, balance_seeds, higher_is_better=True),
+            "balance_verdict": verdict(balance, self._if_several(balance_seeds), higher_is_better=True),
+            "scores": [
+                self._answers_apart(one, other, found) for found in differences(self.answers[one].items, self.answers[other].items)
+            ],
         }
+
+    def _answers_apart(self, one: str, other: str, found: Difference) -> dict[str, Any]:
+        """A score of answers of one model less the other's: of the items, over the seeds, and what both let one say."""
+        key = (found.task, found.metric, found.alignment)
+        apart = [a - b for a, b in zip(self.answers[one].by_seed[key], self.answers[other].by_seed[key], strict=True)]
+        seeds = over_seeds(apart)
+        told = verdict(
+            Number(found.mean, found.low, found.high), self._if_several(seeds), higher_is_better=HIGHER_IS_BETTER[found.metric]
+        )
+        return {
+            **{key: value for key, value in asdict(found).items() if key != "better"},
+            "over_seeds": asdict(seeds),
+            "by_seed": dict(zip(map(str, self.recipe.seeds), apart, strict=True)),
+            "verdict": told,
+        }
+
+    def _if_several(self, seeds: Number) -> Number | None:
+        return seeds if len(self.recipe.seeds) > 1 else None
 
     def _balance(self, name: str, at: int) -> float:
         """Of one seed."""
@@ -111,24 +136,6 @@ class _Compared:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def other_scores(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The suite's scores that are no NLL, of one model with several seeds: each item's number is averaged over them first, and
-    `low` and `high` are of the items; `over_seeds` has Student's interval."""
-    found = []
-    for place, score in enumerate(results[0]["scores"]):
-        if score["metric"] != "nll":
-            task, metric = score["task"], score["metric"]
-            columns = zip(*(result["items"][task] for result in results), strict=True)
-            averaged = [
-                {**items[0], metric: float(np.mean([item[metric] for item in items]))} for items in columns if metric in items[0]
-            ]
-            mine = next(s for s in summarise_items(task, averaged) if (s["metric"], s["alignment"]) == (metric, score["alignment"]))
-            means = [result["scores"][place]["mean"] for result in results]
-            seeds = {"by_seed": means, "over_seeds": asdict(over_seeds(means))}
-            found.append({**mine, **seeds, "higher_is_better": HIGHER_IS_BETTER[metric]})
-    return found
 
 
 def _finite(value: float) -> float | None:

@@ -163,6 +163,7 @@ class _Seed:
         else:
             words += ["--search", found, "--records", VALIDATION, "--budget", str(search.budget)]
             words += ["--records-per-alignment", str(search.records_per_alignment)]
+            words += [word for text in self.scored.excluded for word in ("--exclude-source", text)]
             why = f"Merge: {name.replace('_searched', '').replace('_', ' ')}, its scaling chosen on validation records"
             self._add(name, why, ["h3scale", "merge", *words], (out, found), SEARCHED, search.budget, needs)
         self.models.append(Model(name, group))

@@ -13,13 +13,14 @@ class Scored:
     """What the models are scored on: the words that say so to `h3scale evaluate`, and the files that the scores depend on.
 
     `split`: what makes `data split` hold out those records that are scored. `others`: files that are all for scoring, whose
-    prompts training keeps away from.
+    prompts training keeps away from. `excluded`: sources that are not scored, and so not searched by.
     """
 
     words: list[str]
     files: tuple[Path, ...]
     split: tuple[float, int] | None
     others: list[str]
+    excluded: list[str]
 
     @classmethod
     def of(cls, recipe: StudyRecipe) -> "Scored":
@@ -32,11 +33,11 @@ class Scored:
             raise ConfigError(f"suite {recipe.suite}: no task of kind nll of {', '.join(unheard)} (a study compares by them)")
         given = recipe.suite_data or recipe.data
         folder = Path(given).resolve() if given else path.resolve().parent
-        files = {name: folder / task.file for name, task in suite.tasks.items()}
+        files = {name: (folder / task.file).resolve() for name, task in suite.tasks.items()}
         missing = sorted({str(file) for file in files.values() if not file.is_file()})
         if missing:
             raise MissingInputError([f"{file}: no such file (suite {recipe.suite})" for file in missing])
-        trained = {folder / f"{name}.jsonl" for name in recipe.alignments} if recipe.data and not recipe.suite_data else set()
+        trained = {(Path(recipe.data) / f"{name}.jsonl").resolve() for name in recipe.alignments} if recipe.data else set()
         shares = {task.heldout_share for name, task in suite.tasks.items() if files[name] in trained}
         if len(shares) > 1 or None in shares:
             raise ConfigError(
@@ -47,4 +48,6 @@ class Scored:
         words += ["--data", str(folder)] if given else []
         unique = dict.fromkeys(files.values())
         split = next(((share, suite.seed) for share in shares if share is not None), None)
-        return cls(words, (path.resolve(), *unique), split, [str(file) for file in unique if given and file not in trained])
+        others = [str(file) for file in unique if given and file not in trained]
+        excluded = list(dict.fromkeys(text for task in records for text in task.exclude_source))
+        return cls(words, (path.resolve(), *unique), split, others, excluded)

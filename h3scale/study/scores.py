@@ -16,8 +16,6 @@ from scipy.special import stdtrit
 from h3scale.errors import DataError
 from h3scale.evaluation.score import RESAMPLES, SEED, tail
 
-MISSING = 0.025  # of the resamples that have no number: with more, an interval would have no end
-
 
 @dataclass(frozen=True)
 class Number:
@@ -56,7 +54,7 @@ class Resampler:
     def number(self, values_R: np.ndarray) -> Number:
         """What was measured, with percentiles of the resamples, further out where there are few items."""
         share = tail(self.num_groups)
-        return _number(float(values_R[0]), _quantile(values_R, share), _quantile(values_R, 1 - share))
+        return _number(float(values_R[0]), _low(values_R, share), _high(values_R, share))
 
     def least(self, gains_AR: np.ndarray) -> Number:
         """The least gain of all alignments. Percentiles of the resamples' least ones would lie too low where gains are alike.
@@ -65,8 +63,8 @@ class Resampler:
         bound, each of which may fail A times as rarely.
         """
         share = tail(self.num_groups)
-        low = min(_quantile(gain_R, share) for gain_R in gains_AR)
-        high = min(_quantile(gain_R, 1 - share / len(gains_AR)) for gain_R in gains_AR)
+        low = min(_low(gain_R, share) for gain_R in gains_AR)
+        high = min(_high(gain_R, share / len(gains_AR)) for gain_R in gains_AR)
         return _number(float(gains_AR[:, 0].min()), low, high)
 
     def least_less(self, one_AR: np.ndarray, other_AR: np.ndarray) -> Number:
@@ -75,8 +73,8 @@ class Resampler:
         Each bound is of a difference on the same resamples and may fail A times as rarely.
         """
         share = tail(self.num_groups) / len(one_AR)
-        low = max(min(_quantile(one_R - other_R, share) for one_R in one_AR) for other_R in other_AR)
-        high = min(max(_quantile(one_R - other_R, 1 - share) for other_R in other_AR) for one_R in one_AR)
+        low = max(min(_low(one_R - other_R, share) for one_R in one_AR) for other_R in other_AR)
+        high = min(max(_high(one_R - other_R, share) for other_R in other_AR) for one_R in one_AR)
         return _number(float(one_AR[:, 0].min() - other_AR[:, 0].min()), low, high)
 
 
@@ -103,13 +101,16 @@ def over_seeds(values: Sequence[float]) -> Number:
     return Number(mean, mean - half, mean + half)
 
 
-def verdict(items: Number, seeds: Number, higher_is_better: bool = False) -> str:
-    """Of one model less another: what both intervals let one say ('better', 'worse', 'undecided')."""
-    known = [number for number in (items, seeds) if number.low is not None and number.high is not None]
+def verdict(items: Number, seeds: Number | None, higher_is_better: bool = False) -> str:
+    """Of one model less another: what both intervals let one say ('better', 'worse', 'undecided'); none of `seeds` for one seed.
+
+    An interval that is not known leaves it undecided.
+    """
+    told = [items] if seeds is None else [items, seeds]
     words = ("worse", "better") if higher_is_better else ("better", "worse")
-    if known and all(number.high < 0 for number in known):  # type: ignore[operator]
+    if all(number.high is not None and number.high < 0 for number in told):
         return words[0]
-    if known and all(number.low > 0 for number in known):  # type: ignore[operator]
+    if all(number.low is not None and number.low > 0 for number in told):
         return words[1]
     return "undecided"
 
@@ -120,10 +121,17 @@ def _number(mean: float, low: float, high: float) -> Number:
     return Number(mean, low, high) if np.isfinite(low) and np.isfinite(high) else Number(mean)
 
 
-def _quantile(values_R: np.ndarray, share: float) -> float:
-    """Of the resamples; nan where too many of them have no number."""
+def _low(values_R: np.ndarray, share: float) -> float:
+    """The quantile of the resamples. One without a number may be anything, so it counts as the lowest; -inf if the end is there."""
     drawn = values_R[1:]
-    return float("nan") if np.isnan(drawn).mean() > MISSING else float(np.nanquantile(drawn, share))
+    with np.errstate(invalid="ignore"):
+        found = float(np.quantile(np.where(np.isnan(drawn), -np.inf, drawn), share))
+    return found if np.isfinite(found) else -np.inf
+
+
+def _high(values_R: np.ndarray, share: float) -> float:
+    """The same from above."""
+    return -_low(-values_R, share)
 
 
 def _items(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

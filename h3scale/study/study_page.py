@@ -11,11 +11,11 @@ from h3scale.evaluation.report_colours import css_name
 from h3scale.evaluation.report_style import style_sheet
 from h3scale.evaluation.report_tables import dot, figures, forest, plain_table, section, shown_name
 from h3scale.study.study_plots import COLOURS, NAMES, best_of_groups, draw_study
-from h3scale.study.study_table import gain, legend, with_interval
+from h3scale.study.study_table import answer_mark, gain, legend
 from h3scale.study.tasks import GROUPS
 
 Results = Mapping[str, Any]
-TOLD = ("mean NLL", "over the seeds", "says", "balance", "says")
+TOLD = ("mean NLL", "over the seeds", "says", "balance", "over the seeds", "says")
 SHEET = (
     ".wide{overflow-x:auto}.wide table{font-size:14px}.wide :is(td,thead th){padding:6px}"
     ".wide thead th{white-space:normal;min-width:76px;vertical-align:bottom}td.good{--tint:#1a9a72}td.bad{--tint:#d4622a}"
@@ -151,10 +151,14 @@ def _seeds(results: Results) -> str:
 
 def _told(paired: Mapping[str, Any]) -> list[str]:
     """Cells of a difference in mean NLL and in balance."""
-    items, balance, seeds = paired["mean_nll"], paired["balance"], with_interval(paired["over_seeds"], 4, "+")
-    cells = [f"<td>{items['mean']:+.4f}{_small(items, 4, '+')}</td>", f"<td>{escape(seeds)}</td>", f"<td>{paired['verdict']}</td>"]
-    told = "none" if balance["mean"] is None else f"{balance['mean']:+.2f}{_small(balance, 2, '+')}"
-    return [*cells, f"<td>{told}</td>", f"<td>{paired['balance_verdict']}</td>"]
+    numbers = [("mean_nll", 4), ("over_seeds", 4), ("balance", 2), ("balance_over_seeds", 2)]
+    cells = [
+        "<td>none</td>"
+        if paired[key]["mean"] is None
+        else f"<td>{paired[key]['mean']:+.{digits}f}{_small(paired[key], digits, '+')}</td>"
+        for key, digits in numbers
+    ]
+    return [*cells[:2], f"<td>{paired['verdict']}</td>", *cells[2:], f"<td>{paired['balance_verdict']}</td>"]
 
 
 def _comparisons(results: Results) -> str:
@@ -222,7 +226,10 @@ def _others(results: Results) -> str:
         return ""
     rows = {}
     for name, model in models.items():
-        rows[name] = [f"<td>{score['mean']:.3f}{_small(score, 3)}{_seeds_of(score)}</td>" for score in model["scores"]]
+        rows[name] = [
+            f"<td>{score['mean']:.3f}{answer_mark(model, score)}{_small(score, 3)}{_seeds_of(score)}</td>"
+            for score in model["scores"]
+        ]
     heads = [escape(f"{score['task']}: {score['metric']}".replace("_", " ")) for score in first]
     return _table(results, heads, rows, "Scores of answers")
 

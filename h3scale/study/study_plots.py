@@ -87,7 +87,8 @@ def _parallel(results: Results) -> Made | None:
     below = sum(min(gains) < FLOOR for gains in rows.values())
     if below:
         axes.set_ylim(bottom=FLOOR)
-    _end_names(axes, [(rows[name][-1], name, COLOURS[group]) for name, group in best.items()], len(places) - 1)
+    ends = [(rows[name][-1], name, COLOURS[group]) for name, group in best.items() if rows[name][-1] >= FLOOR]
+    _end_names(axes, ends, len(places) - 1)
     for value, text in ((0.0, "the base"), (1.0, "the best aligned model")):
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
         axes.annotate(text, (0, value), xytext=(2, 3), textcoords="offset points", color=MUTED, fontsize=7.5)

@@ -19,7 +19,15 @@ def write_table(results: Results, path: Path) -> None:
 def markdown(results: Results) -> str:
     """The table with what is needed to read it."""
     alignments, main = results["alignments"], results["main"]
-    heads = ["model", "group", *(f"NLL {a}" for a in alignments), "mean NLL", *(f"gain {a}" for a in alignments), "balance"]
+    heads = [
+        "model",
+        "group",
+        *(f"NLL {a}" for a in alignments),
+        "mean NLL",
+        *(f"gain {a}" for a in alignments),
+        "mean gain",
+        "balance",
+    ]
     heads += [
         "parameters (M), active",
         "tokens (M)",
@@ -28,9 +36,10 @@ def markdown(results: Results) -> str:
         "making (s)",
         f"{main} minus it, mean NLL",
         "over seeds",
-        "",
-        "balance",
-        "",
+        "says",
+        f"{main} minus it, balance",
+        "over seeds",
+        "says",
     ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     best_nll = min(model["mean_nll"]["mean"] for model in results["models"].values())
@@ -41,6 +50,7 @@ def markdown(results: Results) -> str:
         cells += [f"{model['nll'][a]['mean']:.4f}" for a in alignments]
         cells += [_bold(f"{model['mean_nll']['mean']:.4f}", model["mean_nll"]["mean"] == best_nll)]
         cells += [gain(model["gain"][a]["mean"]) for a in alignments]
+        cells += [with_interval(model["mean_gain"], 2)]
         cells += [_bold(with_interval(model["balance"], 2), best_balance is not None and model["balance"]["mean"] == best_balance)]
         cells += [
             f"{model['parameters']['total'] / 1e6:.2f}, {model['parameters']['active'] / 1e6:.2f}",
@@ -52,10 +62,11 @@ def markdown(results: Results) -> str:
             with_interval(paired.get("over_seeds"), 4, "+"),
             paired.get("verdict", ""),
             with_interval(paired.get("balance"), 2, "+"),
+            with_interval(paired.get("balance_over_seeds"), 2, "+"),
             paired.get("balance_verdict", ""),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_pairs(results), *legend(results)]) + "\n"
+    return "\n".join([*lines, "", *_pairs(results), *_answers(results), *legend(results), *results["notes"]]) + "\n"
 
 
 def _pairs(results: Results) -> list[str]:
@@ -67,9 +78,34 @@ def _pairs(results: Results) -> list[str]:
             with_interval(pair["mean_nll"], 4, "+"),
             with_interval(pair["over_seeds"], 4, "+"),
         ]
-        cells += [pair["verdict"], with_interval(pair["balance"], 2, "+"), pair["balance_verdict"]]
+        cells += [pair["verdict"], with_interval(pair["balance"], 2, "+"), with_interval(pair["balance_over_seeds"], 2, "+")]
+        cells += [pair["balance_verdict"]]
         rows.append(f"| {' | '.join(cells)} |")
-    return ["| two models | mean NLL | over seeds | | balance | |", "|" + "---|" * 6, *rows, ""] if rows else []
+    head = "| two models | mean NLL | over seeds | says | balance | over seeds | says |"
+    return [head, "|" + "---|" * 7, *rows, ""] if rows else []
+
+
+def _answers(results: Results) -> list[str]:
+    """The suite's other scores, a line a model; marked where both intervals tell the main model's from it."""
+    models = results["models"]
+    scores = models[results["main"]]["scores"]
+    if not scores:
+        return []
+    heads = ["model", *(f"{score['task']}: {score['metric']}".replace("_", " ") for score in scores)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, model in models.items():
+        cells = [f"{score['mean']:.3f}{answer_mark(model, score)}" for score in model["scores"]]
+        lines.append(f"| {' | '.join([f'**{name}**' if name == results['main'] else name, *cells])} |")
+    return [*lines, ""]
+
+
+def answer_mark(model: Mapping[str, Any], score: Mapping[str, Any]) -> str:
+    """What is added where this model is surely better or worse than the main one in a score of answers."""
+    key = [score[part] for part in ("task", "metric", "alignment")]
+    for apart in model.get("paired", {}).get("scores", []):
+        if [apart[part] for part in ("task", "metric", "alignment")] == key:
+            return {"better": " worse", "worse": " better"}.get(apart["verdict"], "")
+    return ""
 
 
 def legend(results: Results) -> list[str]:
@@ -85,10 +121,17 @@ def legend(results: Results) -> list[str]:
         "model) / (base - best aligned model of that alignment), in NLL; 0 is the base, 1 the best model that was aligned as "
         "align.yaml says. Balance: the least gain.",
         "Tokens are those trained on after the base, by the model and all that it is made of; 'as many': as "
-        f"{main}. Seconds are of this machine, after the base, for all that it took. Intervals: 95%, of the items, paired; over "
-        "seeds: Student's.",
-        f"Better, worse or undecided: what both intervals let one say of {main}, or of the first of two; the last are of balance.",
+        f"{main}. Seconds are of the clock, after the base, for all that it took{_where_known(results)}. Intervals: 95%, of the "
+        "items, paired; over seeds: Student's.",
+        f"Better, worse or undecided: what both intervals let one say of {main}, or of the first of two. Balance of the items is "
+        "the least gain of NLL averaged over the seeds; over seeds it is the mean of each seed's own least gain.",
+        f"Of scores of answers higher is better; 'worse' and 'better': both intervals say so of this model beside {main}.",
+        *([f"Made by {len(results['code'])} states of the source."] if len(results["code"]) > 1 else []),
     ]
+
+
+def _where_known(results: Results) -> str:
+    return ", in those seeds of which it is known" if len(results["seeds"]) > 1 else ""
 
 
 def show(results: Results, console: Console) -> None:

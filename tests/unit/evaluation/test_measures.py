@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from h3scale.data.items import Item
-from h3scale.evaluation.measures import differences, multiple_choice, preference, summarise_items
-from h3scale.evaluation.score import bootstrap, tail
+from h3scale.evaluation.measures import differences, multiple_choice, preference, share_interval, summarise_items
+from h3scale.evaluation.score import Interval, bootstrap, tail
 
 
 def mc_calcs(scores_true, scores_false, best):
@@ -161,6 +161,32 @@ def paired(rng):
 
 
 TRUTHS = {shares: 0.7, grouped: 0.6, nll_sums: 2.6, paired: 0.1}
+
+
+@pytest.mark.parametrize("items", [30, 110, 284])
+@pytest.mark.parametrize("truth", [0.5, 0.7, 0.95, 0.97])
+def test_intervals_of_shares_hold_near_1_too(items, truth):
+    rng = np.random.default_rng(items)
+    intervals = [share_interval((rng.random(items) < truth).astype(float), np.ones(items)) for _ in range(4000)]
+    assert all(0 <= each.low <= each.mean <= each.high <= 1 for each in intervals)
+    assert 0.93 <= np.mean([each.low <= truth <= each.high for each in intervals]) <= 0.98  # whole numbers: it cannot be 0.95
+
+
+@pytest.mark.parametrize("truth", [0.6, 0.95])
+def test_intervals_of_shares_hold_where_items_stand_and_fall_together(truth):
+    rng = np.random.default_rng(0)
+
+    def held():
+        sizes = rng.integers(1, 5, 150)
+        found = share_interval(rng.binomial(sizes, rng.beta(5 * truth, 5 - 5 * truth, 150)).astype(float), sizes.astype(float))
+        return found.low <= truth <= found.high
+
+    assert 0.93 <= np.mean([held() for _ in range(4000)]) <= 0.97
+
+
+def test_one_group_that_is_not_all_alike_says_nothing():
+    assert share_interval(np.array([1.0]), np.array([2.0])) == Interval(0.5, 0.0, 1.0)
+    assert share_interval(np.full(4, 0.5), np.ones(4)) == Interval(0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("draw", TRUTHS, ids=lambda draw: draw.__name__)

@@ -134,6 +134,19 @@ def test_paired_difference_of_equals_does_not_exclude_zero():
     assert excluded <= 6
 
 
+def test_records_of_one_prompt_are_drawn_together():
+    def made(group):
+        values = np.random.default_rng(0).normal(2, 0.3, 40).repeat(3)  # three answers to each prompt, as likely
+        return [RecordScore(str(i), "x", 10 * v, 10, group=group(i)) for i, v in enumerate(values.tolist())]
+
+    apart, together = (summarise(made(group))["x"] for group in (lambda i: None, lambda i: i // 3))
+    assert apart["nll"] == pytest.approx(together["nll"])
+    assert together["high"] - together["low"] == pytest.approx(3**0.5 * (apart["high"] - apart["low"]), rel=0.15)
+    zero = [RecordScore(item.id, "x", 0.0, 10, group=item.group) for item in made(lambda i: i // 3)]
+    difference = paired_difference(made(lambda i: i // 3), zero)
+    assert (difference.low, difference.high) == pytest.approx((together["low"], together["high"]), rel=0.02)
+
+
 def test_paired_difference_refuses_other_records():
     a, b = pair(0, 0.1)
     with pytest.raises(DataError, match="not scored on the same records"):

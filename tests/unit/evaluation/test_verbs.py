@@ -46,7 +46,7 @@ def test_one_model_gives_one_file(place, tmp_path):
     assert value["nll"]["helpful"]["records"] == 6
     assert value["without"]["template"]["nll"]["helpful"]["records"] == 4
     assert set(value["without"]["template"]["router"]) == set(value["router"])
-    assert set(value["records"][0]) == {"id", "alignment", "nll", "tokens"}
+    assert set(value["records"][0]) == {"id", "alignment", "nll", "tokens", "group"}
     totals = [sum(r[key] for r in value["records"] if r["alignment"] == "honest") for key in ("nll", "tokens")]
     assert value["nll"]["honest"]["nll"] == pytest.approx(totals[0] / totals[1])
     assert str(place) not in out.read_text()

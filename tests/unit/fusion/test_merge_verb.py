@@ -72,6 +72,10 @@ def test_what_is_written_never_takes_away_what_is_read(
 UNLIKELY = [
     (["--explain", "why", *SEARCHED], "merge: --explain merges nothing and --search merges what is best (works: one of them)"),
     (["--explain", "why", "--dry-run"], "merge: --dry-run writes nothing and --explain does (works: one of them)"),
+    (
+        ["--exclude-source", "stub"],
+        "merge: --exclude-source is for the records of --search (works: --search DIR --records validation.jsonl)",
+    ),
     ([*SEARCHED, "--dry-run"], "merge: --dry-run writes nothing and --search does (works: one of them)"),
 ]
 

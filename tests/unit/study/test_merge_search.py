@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from h3scale.checkpoint.release import release
 from h3scale.cli.main import app
+from h3scale.cli.merge_choices import validation_records
 from h3scale.config.merge import OPTIONS, load_merge
 from h3scale.data.encode import encode_records
+from h3scale.data.records import Record, write_records
 from h3scale.data.sources import read_records
-from h3scale.errors import ConfigError, OutputError
+from h3scale.errors import ConfigError, DataError, OutputError
 from h3scale.evaluation.evaluate import open_model
 from h3scale.evaluation.score import score, score_encoded
 from h3scale.fusion.merge import How, plan_merge
@@ -98,6 +100,19 @@ def test_the_first_so_many_records_of_each_alignment_are_searched_on(world: Path
     done = CliRunner().invoke(app, ["merge", *words, *more, "--search", str(tmp_path / "why"), "--out", str(tmp_path / "merged")])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "why" / "search.json").read_text())["records"] == 2 * len(ALIGNMENTS)
+
+
+def test_records_of_an_excluded_source_are_not_searched_on(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    sources = ["a Template, filled in", "people", "stubs", "people", "template"]
+    records = [Record(str(i), "helpful", f"q{i}", f"a{i}", source=source) for i, source in enumerate(sources)]
+    write_records(path, records)
+    assert [record.id for record in validation_records([path], ["template", "stub"], None)] == ["1", "3"]
+    assert [record.id for record in validation_records([path], ["template"], 2)] == ["1", "2"], (
+        "the first two of those that are left"
+    )
+    with pytest.raises(DataError, match="every record is of a source that --exclude-source names: t, p"):
+        validation_records([path], ["t", "p"], None)
 
 
 def test_what_was_searched_is_what_is_merged(world: Path, tmp_path: Path) -> None:

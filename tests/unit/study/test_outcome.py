@@ -16,7 +16,7 @@ from h3scale.checkpoint.shards import ModelFolder, write_json
 from h3scale.cli.main import app
 from h3scale.config.study import load_study
 from h3scale.errors import ConfigError, DataError, MissingInputError, UsageError
-from h3scale.study.evidence import _made_from, _without_folders, gather_seed, parameters_of, read_seed, read_seeds
+from h3scale.study.evidence import Evidence, _made_from, _without_folders, gather_seed, parameters_of, read_seed, read_seeds
 from h3scale.study.ledger import Ledger
 from h3scale.study.outcome import assemble
 from h3scale.study.plan import plan_study
@@ -258,6 +258,36 @@ def test_scores_of_answers_have_the_intervals_of_the_items_and_of_the_seeds(resu
     assert score["over_seeds"]["mean"] == score["mean"]
 
 
+def test_differences_of_scores_of_answers_are_paired_and_told_by_both_intervals(study: Path) -> None:
+    def surely(evidence: Evidence, names: list[str]) -> Evidence:
+        value = evidence.model_dump()
+        for name, model in value["models"].items():
+            model["items"]["pairs"]["accuracy"] = [float(name in names)] * 20
+            next(each for each in model["scores"] if each["task"] == "pairs")["mean"] = float(name in names)
+        return Evidence.model_validate(value)
+
+    seeds = [surely(read_seed(study / f"seed-{seed}.json.gz"), ["fused", "ensemble", "linear_searched"]) for seed in SEEDS]
+    results = assemble(seeds)
+    apart = {name: model["paired"]["scores"][0] for name, model in results["models"].items() if "paired" in model}
+    assert (apart["linear"]["task"], apart["linear"]["metric"], apart["linear"]["alignment"]) == ("pairs", "accuracy", "honest")
+    assert apart["linear"]["mean"] == apart["linear"]["over_seeds"]["mean"] == 1.0
+    assert (apart["linear"]["verdict"], apart["ensemble"]["verdict"]) == ("better", "undecided")
+    (pair,) = results["comparisons"]  # linear_searched and mixture_balanced
+    assert pair["scores"][0]["verdict"] == "better"
+    assert "| linear | 0.000 worse |" in markdown(results)
+    assert "<td>0.000 worse<small>" in page(results)
+    assert "| ensemble | 1.000 |" in markdown(results)
+    one_unsure = assemble([seeds[0], surely(read_seed(study / f"seed-{SEEDS[1]}.json.gz"), [])])
+    assert one_unsure["models"]["linear"]["paired"]["scores"][0]["verdict"] == "undecided", "by the items alone"
+
+
+def test_several_states_of_the_source_are_told(study: Path) -> None:
+    seeds = [read_seed(study / f"seed-{seed}.json.gz") for seed in SEEDS]
+    assert "of the source" not in markdown(assemble(seeds))
+    seeds[1] = seeds[1].model_copy(update={"code": ["another"]})
+    assert "Made by 2 states of the source." in markdown(assemble(seeds))
+
+
 def test_a_models_cost_is_that_of_all_it_is_made_of_after_the_base(results: dict[str, Any]) -> None:
     models = results["models"]
     assert (models["base"]["tokens"], models["base"]["train_s"]) == (0, 0)
@@ -322,7 +352,7 @@ def test_the_table_has_a_line_a_model_and_says_where_tokens_are_others(results: 
     rows = {row[0].strip().strip("*"): row for row in (line.strip("|").split("|") for line in lines[2:])}
     assert rows["mixture_balanced"][heads.index("as many")].strip() == "yes"
     assert rows["linear"][heads.index("as many")].strip() == "no"
-    assert [rows["linear"][at].strip() for at in (-3, -1)] == ["better", "better"]
+    assert [rows["linear"][at].strip() for at in (-4, -1)] == ["better", "better"]
 
 
 def test_the_frontier_leaves_out_what_another_beats_in_both() -> None:

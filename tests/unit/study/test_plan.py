@@ -196,6 +196,27 @@ def test_another_suite_scores_again_and_trains_nothing(tmp_path: Path) -> None:
     assert {name.split("/")[1] for name in before if before[name] != after[name]} == {"scores"}
 
 
+def test_the_suites_files_may_be_told_to_be_the_records_own(tmp_path: Path) -> None:
+    """A suite that would score what is trained on is refused whichever way its folder was named."""
+    data, suite = own_data(tmp_path), own_suite(tmp_path, honest={"heldout_share": None})
+    (tmp_path / "link").symlink_to(data)
+    for suite_data in (data, tmp_path / "link"):
+        recipe = write(tmp_path, data=str(data), suite=str(suite), suite_data=str(suite_data))
+        with pytest.raises(ConfigError, match="it must be given, and once for all"):
+            plan_study(load_study(recipe))
+
+
+def test_a_search_sees_no_source_that_is_not_scored(tmp_path: Path) -> None:
+    suite = own_suite(tmp_path, honest={"exclude_source": ["template", "stub"]}, harmless={"exclude_source": ["stub"]})
+    recipe = write(
+        tmp_path, data=str(own_data(tmp_path)), suite=str(suite), recipes="recipes/demo-data", search={"methods": ["ties"]}
+    )
+    plan = plan_study(load_study(recipe))
+    command = plan.task("seed-0/ties_searched").command
+    assert [command[i + 1] for i, word in enumerate(command) if word == "--exclude-source"] == ["stub", "template"]
+    assert "--exclude-source" not in plan.task("seed-0/ties").command
+
+
 @pytest.mark.parametrize(
     ("tasks", "line"),
     [

@@ -1,5 +1,6 @@
 """Gain, balance and differences: by hand, and their intervals by simulation."""
 
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,31 @@ def test_where_no_aligned_model_is_better_than_the_base_there_is_no_gain_and_no_
     assert resampler.least(found) == Number(None)
 
 
-def test_an_interval_that_would_have_no_end_is_not_told() -> None:
+def test_resamples_without_a_number_count_as_the_lowest_and_as_the_highest() -> None:
     resampler = Resampler(exact([1.0, 1.0, 1.0]), ALIGNMENTS, resamples=100)
     values = np.linspace(0, 1, 101)
-    assert resampler.number(values).low is not None
+    whole = resampler.number(values)
+    values[50] = np.nan
+    one_missing = resampler.number(values)
+    assert None not in (whole.low, whole.high, one_missing.low, one_missing.high)
+    assert one_missing.low < whole.low < whole.high < one_missing.high  # type: ignore[operator]
     values[5:10] = np.nan
-    assert resampler.number(values) == Number(0.0)
+    assert resampler.number(values) == Number(0.0), "an interval that would have no end"
+
+
+@pytest.mark.parametrize("order", permutations(range(3)), ids=str)
+def test_a_balance_is_the_same_in_every_order_of_the_alignments_and_needs_all_of_them(order: tuple[int, ...]) -> None:
+    resampler, rng = Resampler(exact([1.0, 1.0, 1.0]), ALIGNMENTS, resamples=400), np.random.default_rng(0)
+    gains_AR = np.array([[0.2], [0.5], [0.5]]) + 0.05 * rng.standard_normal((3, 401))
+    gains_AR[:, 0] = 0.2, 0.5, 0.5
+    told, other_AR = resampler.least(gains_AR), np.full_like(gains_AR, 0.1)
+    ordered_AR = gains_AR[list(order)]
+    assert told.low is not None
+    assert resampler.least(ordered_AR) == told
+    assert resampler.least_less(ordered_AR, other_AR) == resampler.least_less(gains_AR, other_AR)
+    gains_AR[0, 1:120] = np.nan  # the base is as good as the best aligned model in so many resamples
+    assert resampler.least(gains_AR[list(order)]) == Number(0.2)
+    assert resampler.least_less(gains_AR[list(order)], other_AR) == Number(pytest.approx(0.1))
 
 
 def test_nll_is_the_sum_over_the_tokens_and_not_the_mean_over_the_items() -> None:
@@ -116,7 +136,8 @@ def test_seeds_have_students_interval_and_one_seed_has_none() -> None:
 
 
 def test_nothing_is_better_that_only_one_of_the_two_intervals_says() -> None:
-    sure, unsure = Number(-1.0, -1.5, -0.5), Number(-1.0, -3.0, 1.0)
-    assert verdict(sure, sure) == verdict(sure, Number(-1.0)) == "better"
-    assert verdict(sure, unsure) == verdict(unsure, sure) == verdict(sure, Number(1.0, 0.5, 1.5)) == "undecided"
-    assert verdict(Number(1.0, 0.5, 1.5), Number(1.0)) == "worse"
+    sure, unsure, other_way = Number(-1.0, -1.5, -0.5), Number(-1.0, -3.0, 1.0), Number(1.0, 0.5, 1.5)
+    assert verdict(sure, sure) == verdict(sure, None) == "better"
+    assert verdict(sure, unsure) == verdict(unsure, sure) == verdict(sure, other_way) == "undecided"
+    assert verdict(sure, Number(-1.0)) == verdict(Number(-1.0), sure) == verdict(sure, Number(None)) == "undecided"
+    assert verdict(other_way, None) == verdict(sure, None, higher_is_better=True) == "worse"

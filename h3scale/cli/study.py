@@ -93,7 +93,7 @@ def _run(
     of = " ".join([str(find(recipe).resolve()), *(["--quick"] if quick else []), *([f"--data {data.resolve()}"] if data else [])])
     with claimed(out, of, force) as lock:
         ledger = run_plan(plan, keys, out, console, lock)
-        from h3scale.study.evidence import gather_seed
+        from h3scale.study.gather import gather_seed
         from h3scale.study.outcome import assemble
 
         _show(assemble([gather_seed(chosen, plan, ledger, each) for each in chosen.seeds]), out, console)

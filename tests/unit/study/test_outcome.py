@@ -16,7 +16,8 @@ from h3scale.checkpoint.shards import ModelFolder, write_json
 from h3scale.cli.main import app
 from h3scale.config.study import load_study
 from h3scale.errors import ConfigError, DataError, MissingInputError, UsageError
-from h3scale.study.evidence import Evidence, _made_from, _without_folders, gather_seed, parameters_of, read_seed, read_seeds
+from h3scale.study.evidence import Evidence, read_seed, read_seeds
+from h3scale.study.gather import _made_from, _without_folders, gather_seed, parameters_of
 from h3scale.study.ledger import Ledger
 from h3scale.study.outcome import assemble
 from h3scale.study.plan import plan_study

@@ -9,7 +9,7 @@
 #
 # Tunes a base on the records of one alignment, as `h3scale align` does, one task a GPU:
 #   sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/align.sh RECIPE [alignment=NAME] [key=value ...]
-# It is slurm/train.sh; the recipe says what is tuned.
+# It is slurm/train.sh: where neither recipe nor words say which alignment, all records are trained on.
 set -euo pipefail
 # Slurm runs a copy of this script; the job knows where the script was
 script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')

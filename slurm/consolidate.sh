@@ -5,7 +5,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #
-# Makes a Hugging Face folder of a training checkpoint. It needs no GPU, and memory for the largest tensors:
+# Makes a Hugging Face folder of a training checkpoint. It needs no GPU, and little memory whatever the model's size:
 #   sbatch [options] slurm/consolidate.sh RUN MODEL [--dtype bfloat16]
 # All words are those of `h3scale checkpoint consolidate`. Without Slurm it runs here: bash slurm/consolidate.sh ...
 set -euo pipefail

@@ -5,7 +5,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #
-# Makes one mixture of experts of a base and its aligned models. It needs memory for a layer, and for the base to start the router:
+# Makes one mixture of experts of a base and its aligned models. To start the router it needs memory for all of the fused model:
 #   sbatch [options] slurm/fuse.sh RECIPE [key=value ...]
 # All words are those of `h3scale fuse`. Without Slurm it runs here: bash slurm/fuse.sh ...
 set -euo pipefail

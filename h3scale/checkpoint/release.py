@@ -234,7 +234,7 @@ def _suite_table(scores: dict[str, Any]) -> str:
     lines = [
         f"Suite {_cell(suite.get('suite', ''))}: what the model finds likely; no text is generated and no judge is asked. Higher "
         "is better, but for nll. mc1 to mc3: TruthfulQA's. accuracy: pairs of which the chosen answer is the likelier one, as a "
-        "whole, by token or by character. With 95% bootstrap intervals.",
+        "whole, by token or by character. 95% intervals: bootstrapped of nll, Wilson's of shares.",
         "",
         "| task | alignment | metric | mean | 95% interval | items |",
         "|---|---|---|---:|---:|---:|",

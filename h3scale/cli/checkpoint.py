@@ -45,7 +45,7 @@ class Layout(enum.StrEnum):
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="A run folder (its newest step), a step, or a DeepSpeed tag folder.")]
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="A run (its best or newest step), a step, or a DeepSpeed tag folder.")]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face model folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]

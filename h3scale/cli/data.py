@@ -17,7 +17,7 @@ def builtin(
     out: Annotated[Path, typer.Argument(help="Folder for train.jsonl and heldout.jsonl.", show_default=False)],
     force: Force = False,
 ) -> None:
-    """Write the built-in 3H records: a small world of 1,000 words that a tiny model can learn.
+    """Write the built-in 3H records: a small world of some 500 words that a tiny model can learn.
 
     Example: h3scale data builtin data
     """

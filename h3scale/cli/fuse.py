@@ -42,7 +42,7 @@ def fuse(
         return
     summary = carry_out(checked, force, _show)
     _show_router(summary.router)
-    print(f"fused model: {summary.out}   next: h3scale evaluate {summary.out} --records FILE.jsonl")
+    print(f"fused model: {summary.out}   next: h3scale evaluate {summary.out} --records FILE.jsonl --out FILE.json")
 
 
 def _show(plan: "Plan") -> None:

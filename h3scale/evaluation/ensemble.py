@@ -48,6 +48,8 @@ def evaluate_ensemble(
 
     def scored(left: Sequence[Unit]) -> Scored:
         model = Ensemble([open_model(folder, experts)[0] for folder in folders]).eval()
+        if len({values.device for values in model.parameters()}) > 1:  # a GPU had room for some of them alone
+            model.to("cpu")
         for unit in left:
             yield unit, score_unit(model, unit, loaded.suite.tasks[unit.task])
 

@@ -15,7 +15,7 @@ from h3scale.evaluation.routing import ROUTER_MODES, RoutingTally, route_for, ro
 from h3scale.evaluation.score import RecordScore, Scores, score_encoded, summarise
 from h3scale.model.expert_compute import NAMES
 from h3scale.model.experts import ExpertMap
-from h3scale.model.start import check_tokenizer, load_model, load_tokenizer
+from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, placed
 
 MAX_NEW_TOKENS = 256
 
@@ -38,8 +38,9 @@ class Options:
 
 
 def open_model(folder: str | Path, experts: str = "auto") -> tuple[Any, Any]:
-    """Model (fp32, evaluating, on the GPU if there is one) and tokenizer of a folder; `experts` computes a fused model's.
+    """Model (fp32, evaluating) and tokenizer of a folder; `experts` computes a fused model's.
 
+    On the GPU if there is one with room for four bytes a parameter and a fifth more, else on the CPU, with a warning.
     Raises MissingInputError (66) and DataError (65), also when the tokenizer knows more tokens than the model.
     """
     if experts not in NAMES:
@@ -48,7 +49,8 @@ def open_model(folder: str | Path, experts: str = "auto") -> tuple[Any, Any]:
     tokenizer = load_tokenizer(folder)
     model: Any = load_model(folder, torch.float32, experts).eval()
     check_tokenizer(model, tokenizer, str(folder))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return placed(model, device), tokenizer
 
 
 def evaluate_model(

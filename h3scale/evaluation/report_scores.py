@@ -54,8 +54,9 @@ def scores_section(findings: Findings, pictures: Mapping[str, Picture]) -> str:
     return section(
         "Scores without a judge",
         f"Suite {escape(suite)}: what each model finds likely, no text generated. Higher is better, but for NLL. Small: 95% "
-        f"bootstrap interval; items with the same prompt are drawn together. ▲ ▼: {shown_name(findings.main)} is better or worse "
-        "than this model on the same items, and the interval of the difference does not hold 0.",
+        "interval, bootstrapped of NLL, Wilson's of shares; items with the same prompt count as one. "
+        f"▲ ▼: {shown_name(findings.main)} is better or worse than this model on the same items, and the interval of the "
+        "difference does not hold 0.",
         f'<div class="wide">{bare_figure(pictures, "scores")}</div>' if "scores" in pictures else "",
         f'<div class="card scroll">{_table(findings)}</div>',
     )

@@ -1,15 +1,11 @@
-"""Where a merge is computed: a device that is there, a model on it if it has room, and what is said when its memory is used up."""
+"""Where a merge is computed: a device that is there, and what is said when its memory is used up."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from h3scale.errors import ConfigError, UsageError
-from h3scale.log import logger
-
-_GB = 1e9
 
 
 def check_device(device: str) -> None:
@@ -32,16 +28,3 @@ def out_of_memory_told(device: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         asked = str(error).strip().splitlines()[0]
         raise ConfigError(f"--device: {device}: {asked[:200]} (works: fewer --workers, or --device cpu)") from error
-
-
-def placed(model: Any, device: torch.device) -> Any:
-    """The model, on a GPU that has room for the weights and a fifth more, else where it is, with a warning."""
-    if device.type == "cpu":
-        return model
-    needed = 1.2 * sum(p.numel() * p.element_size() for p in model.parameters())
-    free = torch.cuda.mem_get_info(device)[0]
-    if free > needed:
-        return model.to(device)
-    told = f"{device} has {free / _GB:.2f} GB free, and {needed / _GB:.2f} GB are needed"
-    logger.warning("warning: %s: the model's outputs are computed on the CPU", told)
-    return model

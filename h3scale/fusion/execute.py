@@ -18,14 +18,13 @@ from h3scale.data.records import Record, split_by_instruction
 from h3scale.data.sources import read_records
 from h3scale.errors import DataError
 from h3scale.fusion.conversation import copy_conversation
-from h3scale.fusion.device import placed
 from h3scale.fusion.merged import Merger
 from h3scale.fusion.parents import Parents
 from h3scale.fusion.plan import Plan, PlannedTensor, make_plan
 from h3scale.fusion.router_init import cut, fit_router, random_rows, router_accuracy, set_routers
 from h3scale.fusion.sources import DenseSource, Source, keep_inputs, open_sources
 from h3scale.model.names import EMBEDDINGS, MOE
-from h3scale.model.start import load_model, load_tokenizer
+from h3scale.model.start import load_model, load_tokenizer, placed
 
 REPORT = "fuse_report.json"
 MAX_BAD = Data.model_fields["max_bad"].default  # public sets have some bad rows, which training leaves out too

@@ -8,6 +8,7 @@ from torch import nn
 
 from h3scale.config.recipe import Architecture
 from h3scale.errors import DataError, MissingInputError
+from h3scale.log import logger
 from h3scale.model.expert_compute.in_transformers import use_experts
 from h3scale.model.trainable import whole_shape
 
@@ -46,6 +47,19 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, experts: 
     if findings:
         raise DataError(findings)
     use_experts(model, experts)
+    return model
+
+
+def placed(model: Any, device: torch.device) -> Any:
+    """The model, on a GPU that has room for the weights and a fifth more, else where it is, with a warning."""
+    if device.type == "cpu":
+        return model
+    needed = 1.2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    free = torch.cuda.mem_get_info(device)[0]
+    if free > needed:
+        return model.to(device)
+    told = f"{device} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed"
+    logger.warning("warning: %s: the model's outputs are computed on the CPU", told)
     return model
 
 

@@ -26,12 +26,11 @@ from h3scale.data.encode import encode_records
 from h3scale.data.records import Record
 from h3scale.errors import ConfigError, DataError
 from h3scale.evaluation.score import RecordScore, by_alignment, paired_difference, score_encoded
-from h3scale.fusion.device import placed
 from h3scale.fusion.merge import How, MergePlan, state_of
 from h3scale.fusion.merged import Merger
 from h3scale.log import progress
 from h3scale.model.names import EMBEDDINGS
-from h3scale.model.start import check_tokenizer, load_model, load_tokenizer
+from h3scale.model.start import check_tokenizer, load_model, load_tokenizer, placed
 from h3scale.study.minimise import Axis, Point, Trial, lowest, minimise
 
 SCALING = Axis("scaling", 0.0, 8.0, starts=(0.0, 1.0, 0.5), step=0.5)  # at 0 the model is the base

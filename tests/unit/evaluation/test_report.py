@@ -58,7 +58,7 @@ def test_the_page_shows_every_number(made):
     for share in (value for row in shares for value in row.values()):
         assert f">{share:.1%}</td>" in page
     for entry in results["paired"].values():
-        assert f"{entry['difference']:+.3f} better<small>{entry['low']:+.3f} to {entry['high']:+.3f}" in page
+        assert f"{entry['difference']:+.4f} better<small>{entry['low']:+.4f} to {entry['high']:+.4f}" in page
     evaluation = json.loads((out / "evaluation" / "fused.json").read_text())
     for a in alignments:
         assert f">{evaluation['router']['confusion'][a][a]:,}</td>" in page
@@ -112,7 +112,7 @@ def test_the_headline_does_not_flatter(tmp_path):
     page = page_of(out)
     assert "Fused knows the answers better than 3 of 5 other models, level with base" in page
     assert "another model is always better" in page
-    assert "+0.400 worse" in page
+    assert "+0.4000 worse" in page
     assert "-0.100 undecided" in page
 
 

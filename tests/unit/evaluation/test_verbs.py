@@ -12,6 +12,8 @@ from h3scale.cli.generate import generate
 from h3scale.cli.report import report
 from h3scale.data.records import write_records
 from h3scale.errors import DataError, H3Error, MissingInputError, OutputError, UsageError
+from h3scale.evaluation.evaluate import open_model
+from h3scale.log import logger
 from h3scale.model.expert_compute import registry
 
 from .conftest import THREE, make_dense, make_records, save, save_models
@@ -147,3 +149,17 @@ def test_report_writes_a_page_from_results_alone(tmp_path):
 @pytest.mark.parametrize("verb", [evaluate, generate, report])
 def test_help_has_an_example(verb):
     assert f"Example: h3scale {verb.__name__}" in " ".join(run(verb, "--help").split())
+
+
+@pytest.mark.parametrize(("free", "moved"), [(1 << 40, ["cuda:0"]), (1 << 10, [])], ids=["room on the GPU", "no room on the GPU"])
+def test_a_model_that_does_not_fit_the_gpu_is_scored_on_the_cpu(place, monkeypatch, caplog, free, moved):
+    """On a machine that seems to have a GPU."""
+    found = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device=None: (free, free))
+    monkeypatch.setattr("torch.nn.Module.to", lambda self, where: found.append(str(where)) or self)
+    monkeypatch.setattr(logger, "propagate", True)
+    open_model(place / "fused")
+    assert found == moved
+    assert ("are computed on the CPU" in caplog.text) == (not moved)

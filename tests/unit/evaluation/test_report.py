@@ -113,7 +113,7 @@ def test_the_headline_does_not_flatter(tmp_path):
     assert "Fused knows the answers better than 3 of 5 other models, level with base" in page
     assert "another model is always better" in page
     assert "+0.4000 worse" in page
-    assert "-0.100 undecided" in page
+    assert "-0.1000 undecided" in page
 
 
 def test_results_alone_are_enough(tmp_path):

@@ -126,7 +126,7 @@ def _pareto(results: Results) -> Made | None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_formatter(_plain)
-    named = [n for n in (*edge, *best_of_groups(results).values()) if n in points and points[n][1] >= FLOOR]
+    named = [n for n in (edge[0], edge[-1], *best_of_groups(results).values()) if n in points and points[n][1] >= FLOOR]
     _point_names(axes, results, {n: points[n][:2] for n in named})
     axes.set_xlabel("seconds of training and making, after the base")
     axes.set_title("balance: the least gain", loc="left", color=MUTED, fontsize=9)
@@ -142,14 +142,14 @@ def _plain(value: float, place: int | None = None) -> str:
 
 
 def _point_names(axes: Any, results: Results, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names to the side of their points where there is room, moved apart where they would overlap."""
+    """Names to the side of their points where there is room, each at a height of its own."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
-    before = {True: float("-inf"), False: float("-inf")}
+    before = float("-inf")
     for name, (cost, value) in sorted(points.items(), key=lambda entry: entry[1][1]):
         is_right = cost > (left * right) ** 0.5
-        before[is_right] = max(value, before[is_right] + 0.07 * (high - low))
-        axes.annotate(name.replace("_", " "), (cost, before[is_right]), xytext=(-7 if is_right else 7, 2), va="bottom",
+        before = max(value, before + 0.07 * (high - low))
+        axes.annotate(name.replace("_", " "), (cost, before), xytext=(-7 if is_right else 7, 2), va="bottom",
                       textcoords="offset points", ha="right" if is_right else "left", fontsize=7.5, fontweight="bold",
                       color=COLOURS[results["models"][name]["group"]])  # fmt: skip
 

@@ -71,8 +71,13 @@ def split_by_instruction(records: Sequence[Record], heldout_share: float, seed: 
 
 
 def without_sources(records: Sequence[Record], texts: Sequence[str]) -> list[Record]:
-    """Those whose `source` has none of these texts in it, small or capital."""
-    return [record for record in records if not any(text.lower() in record.source.lower() for text in texts)]
+    """Those that are not `of_source`."""
+    return [record for record in records if not of_source(record.source, texts)]
+
+
+def of_source(source: str, texts: Sequence[str]) -> bool:
+    """Whether a record's `source` has one of these texts in it, small or capital."""
+    return any(text.lower() in source.lower() for text in texts)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:

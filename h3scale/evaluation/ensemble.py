@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from h3scale.errors import DataError
-from h3scale.evaluation.evaluate import open_model
+from h3scale.evaluation.evaluate import read_model
 from h3scale.evaluation.journal import kept
 from h3scale.evaluation.run_suite import Asking, Scored, finished, tokenizer_of, work_for
 from h3scale.evaluation.suite import LoadedSuite, Unit, score_unit
+from h3scale.model.start import placed
 
 
 class Ensemble(nn.Module):
@@ -47,9 +48,7 @@ def evaluate_ensemble(
             raise DataError(f"{folder}: its tokenizer is not that of {folders[0]} (an ensemble adds up logits of the same tokens)")
 
     def scored(left: Sequence[Unit]) -> Scored:
-        model = Ensemble([open_model(folder, experts)[0] for folder in folders]).eval()
-        if len({values.device for values in model.parameters()}) > 1:  # a GPU had room for some of them alone
-            model.to("cpu")
+        model = placed(Ensemble([read_model(folder, experts)[0] for folder in folders])).eval()
         for unit in left:
             yield unit, score_unit(model, unit, loaded.suite.tasks[unit.task])
 

@@ -9,6 +9,7 @@ import torch
 
 from h3scale.checkpoint.shards import ModelFolder
 from h3scale.data.encode import Encoded
+from h3scale.data.records import of_source
 from h3scale.errors import UsageError
 from h3scale.evaluation.generate import Sample, choose, exact_match
 from h3scale.evaluation.routing import ROUTER_MODES, RoutingTally, route_for, route_for_alignment
@@ -38,9 +39,14 @@ class Options:
 
 
 def open_model(folder: str | Path, experts: str = "auto") -> tuple[Any, Any]:
-    """Model (fp32, evaluating) and tokenizer of a folder; `experts` computes a fused model's.
+    """As `read_model`, the model on the GPU if there is one with room for four bytes a parameter and a fifth more."""
+    model, tokenizer = read_model(folder, experts)
+    return placed(model), tokenizer
 
-    On the GPU if there is one with room for four bytes a parameter and a fifth more, else on the CPU, with a warning.
+
+def read_model(folder: str | Path, experts: str = "auto") -> tuple[Any, Any]:
+    """Model (fp32, evaluating, on the CPU) and tokenizer of a folder; `experts` computes a fused model's.
+
     Raises MissingInputError (66) and DataError (65), also when the tokenizer knows more tokens than the model.
     """
     if experts not in NAMES:
@@ -49,8 +55,7 @@ def open_model(folder: str | Path, experts: str = "auto") -> tuple[Any, Any]:
     tokenizer = load_tokenizer(folder)
     model: Any = load_model(folder, torch.float32, experts).eval()
     check_tokenizer(model, tokenizer, str(folder))
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return placed(model, device), tokenizer
+    return model, tokenizer
 
 
 def evaluate_model(
@@ -72,7 +77,7 @@ def evaluate_model(
     if options.exclude_sources:
         result["without"] = {}
     for text in options.exclude_sources:
-        places = [i for i, item in enumerate(scores.records) if text.lower() not in item.source.lower()]
+        places = [i for i, item in enumerate(scores.records) if not of_source(item.source, [text])]
         result["without"][text] = _counted(scores, places, tally, options.router)
     if options.generate:
         result.update(_generated(model, tokenizer, encoded, expert_map, options))

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from h3scale.data.items import Item
-from h3scale.evaluation.score import Interval, bootstrap
+from h3scale.evaluation.score import Interval, bootstrap, by_group
 
 HIGHER_IS_BETTER = {
     "nll": False,
@@ -118,14 +118,8 @@ def _asked(items: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[Any, .
 
 def _by_group(items: Sequence[Mapping[str, Any]], metric: str, alignment: str | None) -> tuple[np.ndarray, np.ndarray]:
     """Sums of a metric and of what it is divided by, (G,) each."""
-    sums: dict[Any, float] = {}
-    weights: dict[Any, float] = {}
-    for item in items:
-        if item["alignment"] == alignment and metric in item:
-            group = item["group"]
-            sums[group] = sums.get(group, 0.0) + item[metric]
-            weights[group] = weights.get(group, 0.0) + item.get(WEIGHT.get(metric, ""), 1)
-    return np.array(list(sums.values())), np.array(list(weights.values()), np.float64)
+    mine = [item for item in items if item["alignment"] == alignment and metric in item]
+    return by_group((item["group"], item[metric], item.get(WEIGHT.get(metric, ""), 1)) for item in mine)
 
 
 def share_interval(sums_G: np.ndarray, weights_G: np.ndarray) -> Interval:

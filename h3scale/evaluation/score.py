@@ -4,7 +4,7 @@ Shape suffixes: B rows, S tokens a row, V vocabulary, N records of one alignment
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -215,11 +215,17 @@ def paired_difference(a: Sequence[RecordScore], b: Sequence[RecordScore], resamp
 
 def _by_prompt(scores: Sequence[RecordScore], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Sums of one value a record and of tokens, of the records that are drawn together."""
+    groups = [("alone", place) if item.group is None else item.group for place, item in enumerate(scores)]
+    return by_group(zip(groups, values, (item.tokens for item in scores), strict=True))
+
+
+def by_group(entries: Iterable[tuple[object, float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of values and of weights, (G,) float64 each, of (group, value, weight); groups in the order in which they come."""
     sums: dict[object, list[float]] = {}
-    for place, (item, value) in enumerate(zip(scores, values, strict=True)):
-        entry = sums.setdefault(("alone", place) if item.group is None else item.group, [0.0, 0.0])
+    for group, value, weight in entries:
+        entry = sums.setdefault(group, [0.0, 0.0])
         entry[0] += value
-        entry[1] += item.tokens
+        entry[1] += weight
     both = np.array(list(sums.values()), np.float64).reshape(-1, 2)
     return both[:, 0], both[:, 1]
 

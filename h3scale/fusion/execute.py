@@ -151,8 +151,7 @@ def choose_records(start: RouterStart, alignments: tuple[str, ...]) -> StartReco
 def start_router(folder: Path, plan: Plan, start: RouterStart, records: StartRecords) -> RouterReport:
     """Loads the folder's model, fits its routers, measures them beside random ones, writes their rows into the folder."""
     dtype = plan.tensors[-1].spec.dtype
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = placed(load_model(folder, dtype), device).eval()
+    model = placed(load_model(folder, dtype)).eval()
 
     def encode(chosen: list[Record]) -> list[Encoded]:
         return cut(encode_records(load_tokenizer(folder), chosen), start.max_tokens_per_record) if chosen else []

@@ -50,9 +50,12 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, experts: 
     return model
 
 
-def placed(model: Any, device: torch.device) -> Any:
-    """The model, on a GPU that has room for the weights and a fifth more, else where it is, with a warning."""
-    if device.type == "cpu":
+def placed(model: Any, device: torch.device | None = None) -> Any:
+    """The model, on a GPU (none given: this process's) that has room for the weights and a fifth more, else where it is, with a
+    warning."""
+    if device is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device is None or device.type == "cpu":
         return model
     needed = 1.2 * sum(p.numel() * p.element_size() for p in model.parameters())
     free = torch.cuda.mem_get_info(device)[0]

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from h3scale.errors import DataError
-from h3scale.evaluation.score import RESAMPLES, SEED, tail
+from h3scale.evaluation.score import RESAMPLES, SEED, by_group, tail
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,5 @@ def _asked(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def _by_group(result: Mapping[str, Any], alignment: str) -> tuple[np.ndarray, np.ndarray]:
     """Sums of NLL and of tokens, (G,) each."""
-    sums: dict[Any, list[float]] = {}
-    for task, item in _items(result):
-        if item["alignment"] == alignment:
-            group = sums.setdefault((task, item["group"]), [0.0, 0.0])
-            group[0] += item["nll"]
-            group[1] += item["tokens"]
-    both = np.array(list(sums.values()), np.float64).reshape(-1, 2)
-    return both[:, 0], both[:, 1]
+    mine = [(task, item) for task, item in _items(result) if item["alignment"] == alignment]
+    return by_group(((task, item["group"]), item["nll"], item["tokens"]) for task, item in mine)

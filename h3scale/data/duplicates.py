@@ -25,7 +25,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash
 from numpy.typing import NDArray
 
 from h3scale.data.pages import release
@@ -154,6 +153,8 @@ def _shingles(worded: list[list[bytes]]) -> tuple[NDArray[np.uint32], NDArray[np
 
 @lru_cache
 def _permutations(num_perm: int) -> NDArray[np.uint32]:
+    from datasketch import MinHash  # brings scipy: 0.4 s of every process, were it above
+
     return MinHash(num_perm, seed=1, scheme="affine32").permutations
 
 

@@ -1,4 +1,8 @@
-"""Ranks forked from one process, so that the slow imports happen once; apart from that they are started as torchrun does."""
+"""Ranks forked from one process, so that the slow imports happen once; apart from that they are started as torchrun does.
+
+transformers and deepspeed import most of what they need when it is first used, which would be in every rank, 2 s of each: hence the
+modules named here.
+"""
 
 import multiprocessing
 import os
@@ -6,9 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed  # noqa: F401  before the fork
-import transformers  # noqa: F401  before the fork
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
+import h3scale.train.loop  # noqa: F401
 from h3scale.launch.local import free_port
 
 

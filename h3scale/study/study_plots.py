@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from h3scale.evaluation.plot_style import STYLE
 from h3scale.evaluation.report_colours import GENERAL, INK, MUTED, PALETTE, PAPER
@@ -137,21 +138,24 @@ def _pareto(results: Results) -> Made | None:
 
 
 def _plain(value: float, place: int | None = None) -> str:
-    """Of a logarithmic axis the places that begin with 1, 2 or 5."""
-    return f"{value:,.0f}" if f"{value:.0e}"[0] in "125" else ""
+    """Of a logarithmic axis the places that begin with 1, 2, 3 or 5."""
+    return f"{value:,.0f}" if f"{value:.0e}"[0] in "1235" else ""
 
 
 def _point_names(axes: Any, results: Results, points: Mapping[str, tuple[float, float]]) -> None:
-    """Names to the side of their points where there is room, each at a height of its own."""
+    """Names to the left of their points, if there is room, each at a height of its own, with a line to where the point is."""
     low, high = axes.get_ylim()
     left, right = axes.get_xlim()
     before = float("-inf")
     for name, (cost, value) in sorted(points.items(), key=lambda entry: entry[1][1]):
-        is_right = cost > (left * right) ** 0.5
+        is_right = cost > left * (right / left) ** 0.3
         before = max(value, before + 0.07 * (high - low))
-        axes.annotate(name.replace("_", " "), (cost, before), xytext=(-7 if is_right else 7, 2), va="bottom",
-                      textcoords="offset points", ha="right" if is_right else "left", fontsize=7.5, fontweight="bold",
-                      color=COLOURS[results["models"][name]["group"]])  # fmt: skip
+        colour = COLOURS[results["models"][name]["group"]]
+        aside = ScaledTranslation((-9 if is_right else 9) / 72, 2 / 72, axes.figure.dpi_scale_trans)
+        axes.annotate(name.replace("_", " "), (cost, value), xytext=(cost, before), textcoords=axes.transData + aside, va="bottom",
+                      ha="right" if is_right else "left", fontsize=7.5, fontweight="bold", color=colour,
+                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0,
+                                  "relpos": (1.0 if is_right else 0.0, 0.3)})  # fmt: skip
 
 
 def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:

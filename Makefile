@@ -19,7 +19,8 @@ LM_EVAL = lm_eval==0.4.13
 WORKERS ?= 2
 PIP_INSTALL = -m pip install --disable-pip-version-check --quiet
 PIP = .venv/bin/python $(PIP_INSTALL)
-CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1
+# Tests start hundreds of processes: what they import is compiled once, also where the environment says not to keep that.
+CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: setup demo test test-all megablocks test-megablocks lm-eval test-lm-eval check format clean
 
